@@ -1,0 +1,89 @@
+"""What a checkpoint is, twice: `Stored` (its own names, per rank, as on disk) and `Checkpoint` (canonical names, whole tensors)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping as Dict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from ckptconv.config import ModelConfig
+from ckptconv.source import Source
+from ckptconv.tensor import Tensor
+from ckptconv.topology import Rank, Topology
+
+if TYPE_CHECKING:
+    from ckptconv.mapping import Mapping
+
+
+class Key(NamedTuple):
+    """A tensor's name and what it is of that parameter: the weight itself (`param`), or its optimizer state."""
+
+    name: str
+    slot: str = "param"
+
+    def __str__(self) -> str:
+        return self.name if self.slot == "param" else f"{self.name} [{self.slot}]"
+
+
+class Replica(NamedTuple):
+    """A tensor stored more than once: the copy kept, another one, and where the other one stands."""
+
+    name: str
+    kept: Tensor
+    copy: Tensor
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What a checkpoint holds beside tensors of the model. `notes` is told to the user and kept in the manifest."""
+
+    step: int | str | None = None
+    files: dict[str, Source] = field(default_factory=dict)
+    objects: dict[str, object] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A checkpoint in its own names. `places` says where each rank's tensors lie, for messages."""
+
+    format: str
+    mapping: Mapping
+    variant: frozenset[str]
+    topology: Topology
+    config: ModelConfig
+    ranks: Dict[Rank, Dict[Key, Tensor]]
+    places: Dict[Rank, str] = field(default_factory=dict)
+    extras: Extras = field(default_factory=Extras)
+
+
+class Origin(NamedTuple):
+    """The form a checkpoint was loaded from; a saver of the same format keeps it unless told otherwise."""
+
+    format: str
+    mapping: str
+    variant: frozenset[str]
+    topology: Topology
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The canonical graph: finest pieces, whole tensors, Hugging Face orientation. `dropped` lists names left out on purpose."""
+
+    config: ModelConfig
+    tensors: Dict[Key, Tensor]
+    origin: Origin
+    extras: Extras = field(default_factory=Extras)
+    replicas: tuple[Replica, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a saver wants to be given: which names, in which form, cut how, with how many vocabulary rows."""
+
+    mapping: Mapping
+    variant: frozenset[str]
+    topology: Topology
+    vocab_rows: int

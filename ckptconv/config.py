@@ -1,0 +1,125 @@
+"""ModelConfig: the architecture in the project's own words: sizes of named axes, indivisible units, and tags that mappings ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from ckptconv.dtypes import DType
+from ckptconv.errors import ConfigError, MappingError
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary embedding: base, the part of a head it turns, and the scaling as Hugging Face writes it (None: none)."""
+
+    base: float = 10000.0
+    percent: float = 1.0
+    scaling: dict[str, object] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """What must be known of a model to name and cut its tensors, and to write another framework's configuration.
+
+    `vocab` is the true vocabulary (None: not known), `vocab_rows` the rows the embedding has now, padding included.
+    `raw` is the source's own configuration, kept whole; nothing in the core reads it.
+    """
+
+    family: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab_rows: int
+    vocab: int | None = None
+    max_positions: int = 0
+    rope: Rope | None = field(default_factory=Rope)
+    norm: str = "rmsnorm"
+    norm_eps: float = 1e-5
+    activation: str = "silu"
+    glu: bool = True
+    tied: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    learned_positions: bool = False
+    sliding_window: int | None = None
+    experts: int = 0
+    moe_ffn: int = 0
+    router_topk: int = 0
+    moe_layers: tuple[int, ...] = ()
+    dtype: DType | None = None
+    towers: dict[str, ModelConfig] = field(default_factory=dict)
+    raw: dict[str, object] = field(default_factory=dict)
+
+    def size(self, axis: str) -> int:
+        """How many entries an axis of the vocabulary has."""
+        value = getattr(self, _SIZES[axis], None) if axis in _SIZES else None
+        if value is None:
+            raise MappingError(f"no size is known for axis {axis!r}; known axes: {', '.join(sorted(_SIZES))}")
+        return int(value)
+
+    @property
+    def q_size(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @property
+    def one(self) -> int:
+        return 1
+
+    def has(self, tag: str, layer: int | None = None) -> bool:
+        """Whether a tag holds, for the whole model or for one layer; `!tag` negates."""
+        if tag.startswith("!"):
+            return not self.has(tag[1:], layer)
+        if tag in ("dense", "moe"):
+            if layer is None:
+                return bool(self.moe_layers) if tag == "moe" else len(self.moe_layers) < self.layers
+            return (layer in self.moe_layers) == (tag == "moe")
+        if tag == "norm_bias":
+            return self.norm == "layernorm"
+        if tag in _FLAGS:
+            return bool(getattr(self, tag))
+        raise MappingError(f"unknown tag {tag!r}; known tags: {', '.join(sorted(TAGS))}")
+
+    def check(self) -> None:
+        """Refuse what cannot be, before anything is derived from it."""
+        for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "vocab_rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"the architecture has {name} = {getattr(self, name)}: it must be at least 1")
+        if self.heads % self.kv_heads:
+            raise ConfigError(f"{self.heads} attention heads cannot share {self.kv_heads} key/value heads evenly")
+        if self.vocab is not None and not 1 <= self.vocab <= self.vocab_rows:
+            raise ConfigError(f"vocabulary size {self.vocab} does not fit an embedding of {self.vocab_rows} rows")
+        if self.moe_layers and not (self.experts and self.moe_ffn):
+            raise ConfigError(f"layers {self.moe_layers} have experts, but their number or size is not stated")
+
+
+# axis of the vocabulary -> field or property of ModelConfig; canonical.toml may name these and no others
+_SIZES = {
+    "vocab": "vocab_rows",
+    "hidden": "hidden",
+    "q": "q_size",
+    "kv": "kv_size",
+    "head_dim": "head_dim",
+    "ffn": "ffn",
+    "moe_ffn": "moe_ffn",
+    "experts": "experts",
+    "positions": "max_positions",
+    "one": "one",
+}
+_UNITS = {"q": "heads", "kv": "kv_heads"}
+_FLAGS = {f.name for f in fields(ModelConfig) if f.type == "bool"}
+TAGS = frozenset({*_FLAGS, "dense", "moe", "norm_bias"})
+AXES = frozenset(_SIZES)
+
+
+def units(config: ModelConfig, axis: str) -> int:
+    """How many indivisible units an axis has: heads for q, key/value heads for kv, else its size."""
+    return int(getattr(config, _UNITS[axis])) if axis in _UNITS else config.size(axis)

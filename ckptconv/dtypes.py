@@ -1,0 +1,61 @@
+"""Element types: one name each, with its spellings in numpy, safetensors and torch. Nothing here reads data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """An element type. `numpy` interprets the bits; layout code only ever uses `itemsize`."""
+
+    name: str
+    numpy: np.dtype[np.generic]
+    safetensors: str
+    torch: str
+    storage: str
+
+    @property
+    def itemsize(self) -> int:
+        return self.numpy.itemsize
+
+    @property
+    def is_float(self) -> bool:
+        return self.name.startswith(("fp", "bf"))
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def _all() -> dict[str, DType]:
+    rows = [
+        # name, numpy type, safetensors code, torch dtype, torch storage class
+        ("fp64", np.float64, "F64", "float64", "DoubleStorage"),
+        ("fp32", np.float32, "F32", "float32", "FloatStorage"),
+        ("fp16", np.float16, "F16", "float16", "HalfStorage"),
+        ("bf16", ml_dtypes.bfloat16, "BF16", "bfloat16", "BFloat16Storage"),
+        ("fp8_e4m3", ml_dtypes.float8_e4m3fn, "F8_E4M3", "float8_e4m3fn", "Float8_e4m3fnStorage"),
+        ("fp8_e5m2", ml_dtypes.float8_e5m2, "F8_E5M2", "float8_e5m2", "Float8_e5m2Storage"),
+        ("int64", np.int64, "I64", "int64", "LongStorage"),
+        ("int32", np.int32, "I32", "int32", "IntStorage"),
+        ("int16", np.int16, "I16", "int16", "ShortStorage"),
+        ("int8", np.int8, "I8", "int8", "CharStorage"),
+        ("uint8", np.uint8, "U8", "uint8", "ByteStorage"),
+        ("uint16", np.uint16, "U16", "uint16", ""),
+        ("uint32", np.uint32, "U32", "uint32", ""),
+        ("uint64", np.uint64, "U64", "uint64", ""),
+        ("bool", np.bool_, "BOOL", "bool", "BoolStorage"),
+    ]
+    return {name: DType(name, np.dtype(kind), code, torch, storage) for name, kind, code, torch, storage in rows}
+
+
+DTYPES: dict[str, DType] = _all()
+FP32, FP16, BF16 = DTYPES["fp32"], DTYPES["fp16"], DTYPES["bf16"]
+UINT8 = DTYPES["uint8"]
+BY_SAFETENSORS = {d.safetensors: d for d in DTYPES.values()}
+BY_TORCH = {d.torch: d for d in DTYPES.values()}
+BY_STORAGE = {d.storage: d for d in DTYPES.values() if d.storage}
+BY_NUMPY = {d.numpy: d for d in DTYPES.values()}

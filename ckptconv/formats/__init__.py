@@ -1,0 +1,55 @@
+"""The plug-in point: a format turns a folder into a `Stored` checkpoint, and a `Stored` checkpoint into a `Plan`; pure both ways."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ckptconv.checkpoint import Checkpoint, Stored, Target
+from ckptconv.mapping import Mapping
+from ckptconv.plan import Plan
+from ckptconv.topology import Topology
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What any loader or saver may be told, whatever its format: the common options of the command line."""
+
+    vocab: int | None = None
+    vocab_divisor: int | None = None
+    family: str | None = None
+    iteration: int | str | None = None
+    check: bool = False
+    mappings: tuple[Mapping, ...] = ()
+    drop: tuple[str, ...] = ()
+
+
+class Format(Protocol):
+    """One on-disk format. `options` is an instance of the class `Options`: its fields are flags --loader.x and --saver.x."""
+
+    name: str
+    summary: str
+    aliases: tuple[str, ...]
+    Load: type
+    Save: type
+
+    def sniff(self, path: Path) -> bool:
+        """Whether the folder looks like this format, from names and headers alone."""
+        ...
+
+    def load(self, path: Path, options: Any, request: Request) -> Stored:
+        """Describe what is there without reading a tensor."""
+        ...
+
+    def target(self, checkpoint: Checkpoint, topology: Topology, options: Any, request: Request) -> Target:
+        """Which mapping, form and layout this format will store the checkpoint in; refuses what it cannot hold."""
+        ...
+
+    def save(self, stored: Stored, options: Any, request: Request) -> Plan:
+        """The files that hold it, as segments at known offsets."""
+        ...
+
+    def usage(self, stored: Stored, dst: str) -> str:
+        """How the result is loaded by the software it is for."""
+        ...

@@ -1,0 +1,182 @@
+"""A mapping file as data: the rules saying how each stored tensor is assembled from canonical atoms, and what a dialect cuts and deals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from ckptconv.config import TAGS
+from ckptconv.errors import MappingError
+from ckptconv.ops import OPS
+from ckptconv.topology import ROLES
+from ckptconv.vocabulary import VARIABLE, Vocabulary, words
+
+PARAMETERS = {
+    "concat": {"axis", "groups"},
+    "stack": {"over", "axis"},
+    "permute": {"order"},
+    "reshape": {"to"},
+    "rope": {"heads"},
+}
+CONDITIONS = {"when", "on", "copy"}
+BLOCK_KEYS = {"stored", "canonical", "when", "on", "tensors", "use"}
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """An op on expressions. `over` names the index variable a stack runs over."""
+
+    op: str
+    params: dict[str, object]
+    args: tuple[Expr, ...]
+    over: str | None = None
+
+
+Expr = str | Apply
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """One way a stored name is assembled, and when. A `copy` is accepted when reading and never written."""
+
+    expr: Expr
+    when: tuple[str, ...] = ()
+    on: frozenset[str] = frozenset()
+    copy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A stored name (template) with its alternatives, of which at most one holds for a given model and rank."""
+
+    stored: str
+    alternatives: tuple[Alternative, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """A family or dialect. `rules` stand in the dialect's parameter order; `config` is the raw table for the config codec."""
+
+    name: str
+    vocabulary: Vocabulary
+    rules: tuple[Rule, ...]
+    extends: str | None = None
+    match: dict[str, object] = field(default_factory=dict)
+    config: dict[str, object] = field(default_factory=dict)
+    cut: dict[str, str] = field(default_factory=dict)
+    deal: dict[str, str] = field(default_factory=dict)
+    excess: dict[str, str] = field(default_factory=dict)
+    ignore: tuple[str, ...] = ()
+    aliases: dict[str, str] = field(default_factory=dict)
+    variants: tuple[tuple[str, ...], ...] = ()
+
+    def rename(self, name: str) -> str:
+        """The current spelling of a stored name."""
+        for old, new in self.aliases.items():
+            name = name.replace(old, new)
+        return name
+
+    def ignores(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.ignore)
+
+    @property
+    def variant_tags(self) -> frozenset[str]:
+        return frozenset(tag for group in self.variants for tag in group)
+
+
+def parse_rules(raw: dict[str, object], where: str) -> dict[str, Rule | None]:
+    """The blocks of one file, stored name -> rule; None takes a parent's rule away."""
+    rules: dict[str, Rule | None] = {}
+    blocks = raw.get("block", [])
+    if not isinstance(blocks, list):
+        raise MappingError(f"{where}: blocks are written [[block]]")
+    for block in blocks:
+        if unknown := set(block) - BLOCK_KEYS:
+            raise MappingError(f"{where}: a block has unknown keys {sorted(unknown)}; known: {sorted(BLOCK_KEYS)}")
+        if "use" in block:
+            continue
+        for name, row in block.get("tensors", {}).items():
+            stored = block.get("stored", "") + name
+            if stored in rules:
+                raise MappingError(f"{where}: {stored!r} is written twice; give alternatives as a list")
+            rules[stored] = None if row is False else _rule(stored, row, block, f"{where}: {stored}")
+    return rules
+
+
+def _rule(stored: str, row: object, block: dict[str, object], where: str) -> Rule:
+    rows = row if isinstance(row, list) else [row]
+    prefix, when, on = str(block.get("canonical", "")), words(block.get("when", ())), words(block.get("on", ()))
+    alternatives = []
+    for one in rows:
+        conditions = {k: v for k, v in one.items() if k in CONDITIONS} if isinstance(one, dict) else {}
+        alternatives.append(
+            Alternative(
+                _expr(one, prefix, where),
+                (*when, *words(conditions.get("when", ()))),
+                frozenset(words(conditions.get("on", ())) or on),
+                bool(conditions.get("copy", False)),
+            )
+        )
+    return Rule(stored, tuple(alternatives))
+
+
+def _expr(value: object, prefix: str, where: str) -> Expr:
+    if isinstance(value, str):
+        return value[1:] if value.startswith("/") else prefix + value
+    if not isinstance(value, dict):
+        raise MappingError(f"{where}: expected an atom's name or a table, found {value!r}")
+    body = {k: v for k, v in value.items() if k not in CONDITIONS}
+    if set(body) == {"is"}:
+        return _expr(body["is"], prefix, where)
+    ops = [k for k in body if k in OPS]
+    if len(ops) != 1:
+        raise MappingError(f"{where}: exactly one of {', '.join(['is', *OPS])} is needed, found {sorted(body)}")
+    op = ops[0]
+    args = body.pop(op)
+    if unknown := set(body) - PARAMETERS[op]:
+        raise MappingError(f"{where}: {op} has no {sorted(unknown)}; it takes {sorted(PARAMETERS[op])}")
+    over = body.pop("over", None)
+    operands = tuple(_expr(a, prefix, where) for a in (args if isinstance(args, list) else [args]))
+    return Apply(op, body, operands, str(over) if over is not None else None)
+
+
+def atoms_of(expr: Expr) -> Iterator[str]:
+    if isinstance(expr, str):
+        yield expr
+    else:
+        for arg in expr.args:
+            yield from atoms_of(arg)
+
+
+def validate(mapping: Mapping) -> None:
+    """Everything that can be wrong with a mapping file before it meets a model, with file and rule named."""
+    tags = TAGS | mapping.variant_tags
+    problems = []
+    for rule in mapping.rules:
+        bound = set(VARIABLE.findall(rule.stored))
+        for alternative in rule.alternatives:
+            problems += [f"{rule.stored}: unknown tag {t!r}" for t in alternative.when if t.lstrip("!") not in tags]
+            problems += [f"{rule.stored}: unknown role {r!r}" for r in alternative.on if r not in ROLES]
+            problems += [f"{rule.stored}: {p}" for p in _problems(alternative.expr, bound, mapping)]
+    known = {axis for atom in mapping.vocabulary.atoms.values() for axis in atom.axes}
+    problems += [f"[cut] names an unknown axis {axis!r}" for axis in mapping.cut if axis not in known]
+    problems += [f"[deal] names an unknown variable {v!r}" for v in mapping.deal if v not in mapping.vocabulary.variables]
+    problems += [f"excess of {a!r}: {v!r} is not one of assembled, replicate" for a, v in mapping.excess.items() if v not in ("assembled", "replicate")]
+    if problems:
+        raise MappingError("\n  ".join([f"mapping {mapping.name!r} is wrong:", *problems]))
+
+
+def _problems(expr: Expr, bound: set[str], mapping: Mapping) -> Iterator[str]:
+    if isinstance(expr, str):
+        if expr not in mapping.vocabulary.atoms:
+            yield f"no atom {expr!r} in the vocabulary"
+        if loose := set(VARIABLE.findall(expr)) - bound:
+            yield f"{expr!r}: nothing runs over {sorted(loose)}"
+        return
+    if expr.over is not None and expr.over not in mapping.vocabulary.variables:
+        yield f"stack over unknown variable {expr.over!r}"
+    if (expr.op == "stack") != (expr.over is not None):
+        yield "a stack, and only a stack, needs `over`"
+    for arg in expr.args:
+        yield from _problems(arg, bound | ({expr.over} if expr.over else set()), mapping)

@@ -1,0 +1,187 @@
+"""Finding mapping files (built in, from plug-ins, or the user's own) and reading them with what they extend and use."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from ckptconv.errors import MappingError
+from ckptconv.mapping import Alternative, Apply, Expr, Mapping, Rule, parse_rules, validate
+from ckptconv.vocabulary import Vocabulary, parse_vocabulary, words
+
+ENTRY_POINTS = "ckptconv.mappings"
+TABLES = {"match", "config", "cut", "deal", "excess", "aliases"}
+TOP_LEVEL = {"extends", "block", "ignore", "variants", "vocabulary", *TABLES}
+
+
+def builtin_folder() -> Path:
+    """Inside the package when installed from a wheel, beside it in a checkout."""
+    here = Path(__file__).parent
+    inside = here / "mappings"
+    return inside if inside.is_dir() else here.parent / "mappings"
+
+
+@cache
+def _folders() -> tuple[tuple[str, Path], ...]:
+    """(origin, folder): ours first, then those of installed plug-ins."""
+    found = [("built-in", builtin_folder())]
+    for point in entry_points(group=ENTRY_POINTS):
+        module = point.load()
+        found += [(f"plug-in {point.dist.name if point.dist else point.name}", Path(p)) for p in module.__path__]
+    return tuple(found)
+
+
+@cache
+def mapping_paths() -> dict[str, tuple[str, Path]]:
+    """Every known mapping: name -> (origin, file). Two files of one name are an error."""
+    paths: dict[str, tuple[str, Path]] = {}
+    for origin, folder in _folders():
+        for path in sorted(folder.glob("*.toml")):
+            if path.stem in paths:
+                raise MappingError(f"mapping {path.stem!r} exists twice: {paths[path.stem][1]} and {path} ({origin})")
+            paths[path.stem] = (origin, path)
+    return {name: paths[name] for name in paths if name != "canonical"}
+
+
+def family_names() -> list[str]:
+    return sorted(name for name in mapping_paths() if name.startswith("hf-"))
+
+
+@cache
+def load_mapping(name: str) -> Mapping:
+    """A mapping by name."""
+    if name not in mapping_paths():
+        raise MappingError(f"no mapping {name!r}; known: {', '.join(sorted(mapping_paths()))}")
+    return _build(name, mapping_paths()[name][1], ())
+
+
+def load_mapping_file(path: Path) -> Mapping:
+    """A mapping of the user's own; it must extend a known one, which it then stands for."""
+    mapping = _build(path.stem, path, ())
+    if mapping.extends is None:
+        raise MappingError(f"{path}: a mapping given by file must say which one it extends")
+    return mapping
+
+
+def families() -> list[Mapping]:
+    return [load_mapping(name) for name in family_names()]
+
+
+def chosen(name: str, given: Sequence[Mapping]) -> Mapping:
+    """The mapping `name`, or the user's own that extends it."""
+    return next((m for m in given if name in (m.name, m.extends)), None) or load_mapping(name)
+
+
+def _build(name: str, path: Path, chain: tuple[str, ...]) -> Mapping:
+    if name in chain:
+        raise MappingError(f"mappings extend each other in a circle: {' -> '.join([*chain, name])}")
+    raw = _read(path)
+    parent = _parent(raw, path, (*chain, name))
+    variants = raw.get("variants")
+    mapping = Mapping(
+        name=name,
+        vocabulary=_vocabulary(raw, parent, str(path)),
+        rules=_rules(raw, parent, path, (*chain, name)),
+        extends=parent.name if parent else None,
+        ignore=(*(parent.ignore if parent else ()), *words(raw.get("ignore", ()))),
+        variants=tuple(words(g) for g in variants) if isinstance(variants, list) else parent.variants if parent else (),
+        match={**(parent.match if parent else {}), **_table(raw, "match", path)},
+        config=_merged(parent.config if parent else {}, _table(raw, "config", path)),
+        cut={**(parent.cut if parent else {}), **_inverted(_table(raw, "cut", path))},
+        deal={**(parent.deal if parent else {}), **_inverted(_table(raw, "deal", path))},
+        excess=_strings(_table(raw, "excess", path)) or (parent.excess if parent else {}),
+        aliases={**(parent.aliases if parent else {}), **_strings(_table(raw, "aliases", path))},
+    )
+    validate(mapping)
+    return mapping
+
+
+def _read(path: Path) -> dict[str, object]:
+    try:
+        with path.open("rb") as file:
+            raw = tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise MappingError(f"{path}: cannot be read as a mapping file: {error}") from None
+    if unknown := set(raw) - TOP_LEVEL:
+        raise MappingError(f"{path}: unknown top-level keys {sorted(unknown)}; known: {sorted(TOP_LEVEL)}")
+    return raw
+
+
+def _parent(raw: dict[str, object], path: Path, chain: tuple[str, ...]) -> Mapping | None:
+    name = raw.get("extends")
+    if name is None:
+        return None
+    beside = path.parent / f"{name}.toml"
+    if str(name) not in mapping_paths() and not beside.exists():
+        raise MappingError(f"{path}: extends {name!r}, which is not known; known: {', '.join(sorted(mapping_paths()))}")
+    return _build(str(name), mapping_paths()[str(name)][1] if str(name) in mapping_paths() else beside, chain)
+
+
+@cache
+def _canonical() -> Vocabulary:
+    path = builtin_folder() / "canonical.toml"
+    with path.open("rb") as file:
+        return parse_vocabulary(tomllib.load(file), str(path))
+
+
+def _vocabulary(raw: dict[str, object], parent: Mapping | None, where: str) -> Vocabulary:
+    base = parent.vocabulary if parent else _canonical()
+    own = raw.get("vocabulary")
+    if not isinstance(own, dict):
+        return base
+    added = parse_vocabulary(own, where)
+    return Vocabulary({**base.variables, **added.variables}, {**base.atoms, **added.atoms})
+
+
+def _rules(raw: dict[str, object], parent: Mapping | None, path: Path, chain: tuple[str, ...]) -> tuple[Rule, ...]:
+    """The parent's rules, with ours in their place or behind them."""
+    rules: dict[str, Rule | None] = {r.stored: r for r in parent.rules} if parent else {}
+    blocks = raw.get("block", [])
+    for block in blocks if isinstance(blocks, list) else []:
+        if "use" in block:
+            used = _build(block["use"], mapping_paths()[block["use"]][1], chain)
+            rules |= {r.stored: r for r in _prefixed(used.rules, block)}
+    rules |= parse_rules(raw, str(path))
+    return tuple(rule for rule in rules.values() if rule is not None)
+
+
+def _prefixed(rules: Sequence[Rule], block: dict[str, object]) -> list[Rule]:
+    stored, canonical, when = str(block.get("stored", "")), str(block.get("canonical", "")), words(block.get("when", ()))
+
+    def renamed(expr: Expr) -> Expr:
+        if isinstance(expr, str):
+            return canonical + expr
+        return Apply(expr.op, expr.params, tuple(renamed(a) for a in expr.args), expr.over)
+
+    return [
+        Rule(stored + r.stored, tuple(Alternative(renamed(a.expr), (*when, *a.when), a.on, a.copy) for a in r.alternatives))
+        for r in rules
+    ]
+
+
+def _table(raw: dict[str, object], key: str, path: Path) -> dict[str, object]:
+    value = raw.get(key, {})
+    if not isinstance(value, dict):
+        raise MappingError(f"{path}: [{key}] must be a table")
+    return value
+
+
+def _merged(parent: dict[str, object], own: dict[str, object]) -> dict[str, object]:
+    """Tables are merged key by key, one level deep; anything else is replaced."""
+    out = dict(parent)
+    for key, value in own.items():
+        below = out.get(key)
+        out[key] = {**below, **value} if isinstance(below, dict) and isinstance(value, dict) else value
+    return out
+
+
+def _inverted(table: dict[str, object]) -> dict[str, str]:
+    """dimension -> names, as written, to name -> dimension."""
+    return {name: dimension for dimension, names in table.items() for name in words(names)}
+
+
+def _strings(table: dict[str, object]) -> dict[str, str]:
+    return {str(k): str(v) for k, v in table.items()}

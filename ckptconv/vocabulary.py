@@ -1,0 +1,84 @@
+"""The canonical vocabulary: the names, axes and conditions of all atoms, read from canonical.toml and from mappings that add to it."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ckptconv.config import AXES, TAGS, ModelConfig
+from ckptconv.dtypes import DTYPES, DType
+from ckptconv.errors import MappingError
+from ckptconv.tensor import Shape
+
+VARIABLE = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Atom:
+    """A canonical tensor (or family of them, `{l}` and `{e}` standing for indices)."""
+
+    name: str
+    axes: tuple[str, ...]
+    when: tuple[str, ...] = ()
+    dtype: DType | None = None
+
+    def shape(self, config: ModelConfig) -> Shape:
+        return tuple(config.size(axis) for axis in self.axes)
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Index variables (name -> what of ModelConfig counts their members) and atoms by template."""
+
+    variables: dict[str, str]
+    atoms: dict[str, Atom]
+
+    def count(self, variable: str, config: ModelConfig) -> int:
+        return int(getattr(config, self.variables[variable]))
+
+    def expected(self, config: ModelConfig) -> Iterator[tuple[str, Atom]]:
+        """Every concrete atom a model of this architecture has."""
+        for atom in self.atoms.values():
+            names = VARIABLE.findall(atom.name)
+            for values in itertools.product(*(range(self.count(v, config)) for v in names)):
+                env = dict(zip(names, values, strict=True))
+                if all(config.has(tag, env.get("l")) for tag in atom.when):
+                    yield atom.name.format(**env), atom
+
+    def atom_of(self, name: str) -> Atom | None:
+        """The atom a concrete name belongs to."""
+        parts = name.split(".")
+        for atom in self.atoms.values():
+            template = atom.name.split(".")
+            if len(template) == len(parts) and all(t == p or (t[0] == "{" and p.isdecimal()) for t, p in zip(template, parts, strict=True)):
+                return atom
+        return None
+
+
+def parse_vocabulary(raw: dict[str, object], where: str) -> Vocabulary:
+    """The tables `vars` and `tensors` of canonical.toml, or of a mapping's own [vocabulary]."""
+    variables = {str(k): str(v) for k, v in _table(raw, "vars", where).items()}
+    atoms = {}
+    for name, row in _table(raw, "tensors", where).items():
+        if not isinstance(row, dict) or not set(row) <= {"axes", "when", "dtype"} or "axes" not in row:
+            raise MappingError(f"{where}: {name!r} must be a table with axes, and perhaps when and dtype")
+        axes, when = tuple(map(str, row["axes"])), words(row.get("when", ()))
+        unknown = [a for a in axes if a not in AXES] + [t for t in when if t.lstrip("!") not in TAGS]
+        if unknown or row.get("dtype", "fp32") not in DTYPES:
+            raise MappingError(f"{where}: {name!r} uses unknown axes, tags or dtype: {unknown or row['dtype']}")
+        atoms[name] = Atom(name, axes, when, DTYPES.get(str(row.get("dtype"))))
+    return Vocabulary(variables, atoms)
+
+
+def words(value: object) -> tuple[str, ...]:
+    """A string or a list of strings, as data files may write either."""
+    return (value,) if isinstance(value, str) else tuple(map(str, value)) if isinstance(value, (list, tuple)) else ()
+
+
+def _table(raw: dict[str, object], key: str, where: str) -> dict[str, object]:
+    value = raw.get(key, {})
+    if not isinstance(value, dict):
+        raise MappingError(f"{where}: [{key}] must be a table")
+    return value

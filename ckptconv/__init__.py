@@ -1,0 +1,56 @@
+"""ckptconv: convert and reshard model checkpoints between frameworks, bit-exactly, without either framework.
+
+Public names are imported when first used, so that `import ckptconv` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ckptconv.checkpoint import Checkpoint, Key, Stored
+    from ckptconv.convert import Job, Prepared, convert, load, prepare
+    from ckptconv.errors import CkptconvError
+    from ckptconv.execute import ExecuteOptions, Report
+    from ckptconv.tensor import Tensor
+    from ckptconv.verify import verify
+
+_HOMES = {
+    "Checkpoint": "checkpoint",
+    "CkptconvError": "errors",
+    "ExecuteOptions": "execute",
+    "Job": "convert",
+    "Key": "checkpoint",
+    "Prepared": "convert",
+    "Report": "execute",
+    "Stored": "checkpoint",
+    "Tensor": "tensor",
+    "convert": "convert",
+    "load": "convert",
+    "prepare": "convert",
+    "verify": "verify",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "Checkpoint",
+    "CkptconvError",
+    "ExecuteOptions",
+    "Job",
+    "Key",
+    "Prepared",
+    "Report",
+    "Stored",
+    "Tensor",
+    "convert",
+    "load",
+    "prepare",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ckptconv' has no attribute {name!r}")
+    return getattr(import_module(f"ckptconv.{_HOMES[name]}"), name)

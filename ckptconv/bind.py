@@ -1,0 +1,249 @@
+"""Binding: a mapping met with a model, a layout and a rank becomes the finite table of stored names and how each is assembled.
+
+Export and import walk this one table in opposite directions; no name is ever matched by a pattern.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ckptconv.config import ModelConfig, units
+from ckptconv.errors import MappingError, TopologyError
+from ckptconv.mapping import Alternative, Apply, Expr, Mapping, Rule, atoms_of
+from ckptconv.ops import OPS, Op
+from ckptconv.tensor import Shape, Tensor
+from ckptconv.topology import Cut, Rank, Topology
+from ckptconv.vocabulary import VARIABLE
+
+Env = dict[str, int]
+Box = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """An atom (template) and this rank's part of it: `offset` and `shape` inside `whole`."""
+
+    atom: str
+    offset: Shape
+    shape: Shape
+    whole: Shape
+
+    def pick(self, tensor: Tensor) -> Tensor:
+        for axis, (lo, n) in enumerate(zip(self.offset, self.shape, strict=True)):
+            tensor = tensor.narrow(axis, lo, lo + n)
+        return tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """An op with everything known but the index variables of its atoms."""
+
+    op: Op
+    args: tuple[Node | Leaf, ...]
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """One row of the table. `box`: the rows of the assembled tensor this rank holds, where a dialect cuts after assembling."""
+
+    stored: str
+    expr: Node | Leaf
+    env: Env
+    copy: bool = False
+    box: Box | None = None
+
+    @property
+    def shape(self) -> Shape:
+        return self.expr.shape if self.box is None else (self.box[1] - self.box[0], *self.expr.shape[1:])
+
+    @property
+    def atoms(self) -> list[str]:
+        return [leaf.atom.format(**self.env) for leaf in leaves(self.expr)]
+
+
+def leaves(expr: Node | Leaf) -> Iterator[Leaf]:
+    if isinstance(expr, Leaf):
+        yield expr
+    else:
+        for arg in expr.args:
+            yield from leaves(arg)
+
+
+def put_together(expr: Node | Leaf, env: Env, get: Callable[[str], Tensor]) -> Tensor:
+    """The expression applied to the cut atoms."""
+    if isinstance(expr, Leaf):
+        return expr.pick(get(expr.atom.format(**env)))
+    return expr.op.forward([put_together(arg, env, get) for arg in expr.args])
+
+
+def take_apart(expr: Node | Leaf, env: Env, whole: Tensor) -> Iterator[tuple[str, Leaf, Tensor]]:
+    """(atom, where, piece) of every atom in an assembled tensor: the inverse, walked from the root."""
+    if isinstance(expr, Leaf):
+        yield expr.atom.format(**env), expr, whole
+    else:
+        pieces = expr.op.inverse(whole, [arg.shape for arg in expr.args])
+        for arg, piece in zip(expr.args, pieces, strict=True):
+            yield from take_apart(arg, env, piece)
+
+
+def bind(mapping: Mapping, variant: frozenset[str], config: ModelConfig, topology: Topology, rank: Rank) -> Iterator[Binding]:
+    """The table of one rank: rows that share an index variable run index by index, as a module tree does."""
+    binder = _Binder(mapping, variant, config, topology, rank)
+    for variable, rules in itertools.groupby(mapping.rules, lambda rule: (VARIABLE.findall(rule.stored) or [""])[0]):
+        compiled = [c for rule in rules if (c := binder.compile(rule)) is not None]
+        for values in binder.domain(variable) if variable else [(0, 0)]:
+            for row in compiled:
+                yield from binder.rows(row, variable, values)
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """A rule whose whole-model conditions hold; each alternative keeps the tags that depend on the layer."""
+
+    rule: Rule
+    variables: tuple[str, ...]
+    alternatives: tuple[tuple[Alternative, tuple[str, ...]], ...]
+
+
+class _Binder:
+    """Binds the rules of one rank; what does not depend on the index is worked out once."""
+
+    def __init__(self, mapping: Mapping, variant: frozenset[str], config: ModelConfig, topology: Topology, rank: Rank) -> None:
+        self.mapping, self.variant, self.config, self.topology, self.rank = mapping, variant, config, topology, rank
+        self.roles = topology.stage(rank).roles
+        self.cuts: dict[tuple[str, bool], Cut] = {}
+        self.domains: dict[str, list[tuple[int, int]]] = {}
+        self.built: dict[tuple[str, int], tuple[Node | Leaf, Box | None]] = {}
+
+    def has(self, tag: str, layer: int | None) -> bool:
+        bare = tag.lstrip("!")
+        if bare in self.mapping.variant_tags:
+            return (bare in self.variant) != tag.startswith("!")
+        return self.config.has(tag, layer)
+
+    def compile(self, rule: Rule) -> _Compiled | None:
+        """The rule without what cannot hold on this rank; None when nothing can."""
+        variables = tuple(dict.fromkeys(VARIABLE.findall(rule.stored)))
+        kept = []
+        for alternative in rule.alternatives:
+            if alternative.on and not alternative.on & self.roles:
+                continue
+            by_layer = tuple(t for t in alternative.when if "l" in variables and t.lstrip("!") in ("dense", "moe"))
+            if all(self.has(t, None) for t in alternative.when if t not in by_layer):
+                kept.append((alternative, by_layer))
+        return _Compiled(rule, variables, tuple(kept)) if kept else None
+
+    def rows(self, row: _Compiled, variable: str, values: tuple[int, int]) -> Iterator[Binding]:
+        rest = [self.domain(v) for v in row.variables if v != variable]
+        for combination in itertools.product(*rest):
+            indices = dict(zip(row.variables, (values, *combination), strict=True)) if row.variables else {}
+            env = {name: index for name, (index, _) in indices.items()}
+            holding = [a for a, tags in row.alternatives if all(self.has(t, env.get("l")) for t in tags)]
+            if len(holding) > 1:
+                raise MappingError(f"mapping {self.mapping.name!r}: {row.rule.stored!r} has two alternatives that hold at once")
+            if not holding:
+                continue
+            stored = row.rule.stored.format(**{name: local for name, (_, local) in indices.items()}) if indices else row.rule.stored
+            expr, box = self.expression(row.rule, holding[0])
+            yield Binding(stored, expr, env, holding[0].copy, box)
+
+    def expression(self, rule: Rule, alternative: Alternative) -> tuple[Node | Leaf, Box | None]:
+        key = (rule.stored, rule.alternatives.index(alternative))
+        if key not in self.built:
+            try:
+                self.built[key] = self.build(alternative.expr)
+            except (ValueError, TopologyError) as error:
+                raise type(error)(f"{self.mapping.name}: {rule.stored} on {self.rank}: {error}") from None
+        return self.built[key]
+
+    def build(self, expr: Expr) -> tuple[Node | Leaf, Box | None]:
+        if isinstance(expr, str) or not self.exceeds(expr):
+            return self.node(expr, {}, whole=False), None
+        node = self.node(expr, {}, whole=True)
+        rows, n = node.shape[0], self.topology.tp
+        if rows % n:
+            raise TopologyError(f"{rows} assembled rows cannot be cut {n} ways (tp {n})")
+        return node, (rows // n * self.rank.tp, rows // n * (self.rank.tp + 1))
+
+    def exceeds(self, expr: Expr) -> bool:
+        """Whether a dimension has more ranks than an axis of the expression has units, and the dialect then cuts the assembled rows."""
+        axes = {axis for atom in atoms_of(expr) for axis in self.mapping.vocabulary.atoms[atom].axes}
+        return any(
+            self.mapping.excess.get(axis) == "assembled"
+            and axis in self.mapping.cut
+            and self.topology.degree(self.mapping.cut[axis]) > units(self.config, axis)
+            for axis in axes
+        )
+
+    def node(self, expr: Expr, env: Env, *, whole: bool) -> Node | Leaf:
+        if isinstance(expr, str):
+            return self.leaf(expr, env, whole=whole)
+        if expr.over is None:
+            args = tuple(self.node(arg, env, whole=whole) for arg in expr.args)
+        else:
+            args = tuple(self.node(expr.args[0], env | {expr.over: index}, whole=whole) for index, _ in self.domain(expr.over))
+        op = OPS[expr.op](**self.params(expr, whole=whole))
+        return Node(op, args, op.shape([arg.shape for arg in args]))
+
+    def leaf(self, template: str, env: Env, *, whole: bool) -> Leaf:
+        axes = self.mapping.vocabulary.atoms[template].axes
+        cuts = [self.cut(axis, whole=whole) for axis in axes]
+        for name, index in env.items():
+            template = template.replace("{" + name + "}", str(index))
+        return Leaf(
+            template,
+            tuple(c.lo for c in cuts),
+            tuple(c.hi - c.lo for c in cuts),
+            tuple(self.config.size(axis) for axis in axes),
+        )
+
+    def params(self, expr: Apply, *, whole: bool) -> dict[str, object]:
+        """Axis names in an op's parameters become this rank's numbers."""
+        params = dict(expr.params)
+        for name in ("groups", "heads"):
+            if isinstance(axis := params.get(name), str):
+                params[name] = self.groups(axis, whole=whole)
+        if isinstance(to := params.get("to"), list):
+            params["to"] = tuple(self.local(n, whole=whole) if isinstance(n, str) else int(n) for n in to)
+        if isinstance(order := params.get("order"), list):
+            params["order"] = tuple(order)
+        return params
+
+    def local(self, axis: str, *, whole: bool) -> int:
+        cut = self.cut(axis, whole=whole)
+        return cut.hi - cut.lo
+
+    def groups(self, axis: str, *, whole: bool) -> int:
+        """Local units of an axis; `<axis>_rows` makes every entry a group of its own."""
+        if axis.endswith("_rows"):
+            return self.local(axis.removesuffix("_rows"), whole=whole)
+        return self.local(axis, whole=whole) * units(self.config, axis) // self.config.size(axis)
+
+    def cut(self, axis: str, *, whole: bool) -> Cut:
+        if (axis, whole) not in self.cuts:
+            dimension, size = self.mapping.cut.get(axis), self.config.size(axis)
+            if whole or dimension is None:
+                self.cuts[axis, whole] = Cut(0, size, 0, 1)
+            else:
+                replicate = self.mapping.excess.get(axis) == "replicate"
+                count = units(self.config, axis)
+                self.cuts[axis, whole] = self.topology.cut(axis, dimension, size, count, self.rank, replicate=replicate)
+        return self.cuts[axis, whole]
+
+    def domain(self, variable: str) -> list[tuple[int, int]]:
+        """(global, local) indices of a variable on this rank."""
+        if variable not in self.domains:
+            self.domains[variable] = self._domain(variable)
+        return self.domains[variable]
+
+    def _domain(self, variable: str) -> list[tuple[int, int]]:
+        dimension = self.mapping.deal.get(variable)
+        count = self.mapping.vocabulary.count(variable, self.config)
+        if dimension is None:
+            return [(i, i) for i in range(count)]
+        if variable == "l":
+            return self.topology.layers_of(self.rank)
+        return self.topology.dealt(dimension, count, self.rank, self.mapping.vocabulary.variables[variable])

@@ -1,0 +1,182 @@
+"""Import: stored names of all ranks to the canonical graph; every stored tensor is accounted for, or all that do not fit are listed."""
+
+from __future__ import annotations
+
+import difflib
+from collections import defaultdict
+from collections.abc import Mapping as Dict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from ckptconv.assemble import assemble
+from ckptconv.bind import Binding, bind, take_apart
+from ckptconv.checkpoint import Checkpoint, Key, Origin, Replica, Stored
+from ckptconv.errors import CoverageError, FormatError
+from ckptconv.tensor import Shape, Tensor
+from ckptconv.topology import Rank
+
+SUGGESTED = 20  # nearest names are looked up for so many strays: the search is quadratic
+
+
+def canonicalize(stored: Stored, drop: Sequence[str] = ()) -> Checkpoint:
+    """Every stored tensor taken apart into atoms, and the pieces of all ranks joined.
+
+    `drop` lists globs of stored or canonical names to leave out on purpose.
+    """
+    gathered = _Gathered(stored, tuple(drop))
+    for rank, tensors in stored.ranks.items():
+        gathered.add_rank(rank, tensors)
+    gathered.finish_assembled()
+    if gathered.problems():
+        raise CoverageError(
+            f"the tensors do not fit {stored.mapping.name} ({stored.config.family}):",
+            gathered.problems(),
+            "Names a mapping does not know can be left out with --drop GLOB, or added with --mapping FILE.",
+        )
+    tensors = gathered.joined()
+    _check_vocabulary(stored, tensors, gathered.dropped)
+    origin = Origin(stored.format, stored.mapping.name, stored.variant, stored.topology)
+    return Checkpoint(
+        stored.config, tensors, origin, stored.extras, tuple(gathered.replicas), tuple(dict.fromkeys(gathered.dropped))
+    )
+
+
+@dataclass
+class _Pieces:
+    """The pieces of one atom (or assembled tensor) so far, by offset, and where the first of each was found."""
+
+    shape: Shape
+    parts: dict[Shape, tuple[Tensor, str]] = field(default_factory=dict)
+
+
+class _Gathered:
+    """What has been collected over the ranks of a stored checkpoint, and everything that was wrong."""
+
+    def __init__(self, stored: Stored, drop: tuple[str, ...]) -> None:
+        self.stored, self.drop = stored, drop
+        self.atoms: dict[Key, _Pieces] = {}
+        self.assembled: dict[tuple[Key, ...], tuple[Binding, Key, _Pieces]] = {}
+        self.replicas: list[Replica] = []
+        self.dropped: list[str] = []
+        self.missing: dict[str, list[str]] = defaultdict(list)
+        self.unexpected: dict[str, list[str]] = defaultdict(list)
+        self.misshaped: list[str] = []
+
+    def place(self, rank: Rank) -> str:
+        return self.stored.places.get(rank, str(rank))
+
+    def add_rank(self, rank: Rank, tensors: Dict[Key, Tensor]) -> None:
+        mapping, where = self.stored.mapping, self.place(rank)
+        left: dict[str, dict[str, tuple[Key, Tensor]]] = defaultdict(dict)
+        for key, tensor in tensors.items():
+            name = mapping.rename(key.name)
+            if key.slot in left[name]:
+                raise FormatError(where, f"{key} is stored twice, in an old and a new spelling")
+            left[name][key.slot] = (key, tensor)
+        for binding in bind(mapping, self.stored.variant, self.stored.config, self.stored.topology, rank):
+            slots = left.pop(binding.stored, None)
+            if slots is None:
+                if not binding.copy:
+                    self.missing[binding.stored].append(where)
+                continue
+            for key, tensor in slots.values():
+                self.add(binding, key, tensor, where)
+        for name in left:
+            self.add_stray(name, where)
+
+    def add_stray(self, name: str, where: str) -> None:
+        if self.stored.mapping.ignores(name) or self.is_dropped(name):
+            self.dropped.append(name)
+        else:
+            self.unexpected[name].append(where)
+
+    def is_dropped(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.drop)
+
+    def add(self, binding: Binding, key: Key, tensor: Tensor, where: str) -> None:
+        if tensor.shape != binding.shape:
+            self.misshaped.append(f"{where}: {key} has shape {tensor.shape}, expected {binding.shape}")
+        elif self.is_dropped(key.name):
+            self.dropped.append(key.name)
+        elif binding.box is not None:
+            atoms = tuple(Key(a, key.slot) for a in binding.atoms)
+            kept = self.assembled.setdefault(atoms, (binding, key, _Pieces(binding.expr.shape)))
+            self.keep(kept[2], (binding.box[0], *(0 for _ in tensor.shape[1:])), tensor, str(key), where)
+        else:
+            self.add_atoms(binding, key, tensor, where)
+
+    def add_atoms(self, binding: Binding, key: Key, tensor: Tensor, where: str) -> None:
+        for name, leaf, piece in take_apart(binding.expr, binding.env, tensor):
+            if self.is_dropped(name):
+                self.dropped.append(name)
+                continue
+            pieces = self.atoms.setdefault(Key(name, key.slot), _Pieces(leaf.whole))
+            self.keep(pieces, leaf.offset, piece, str(key), where)
+
+    def keep(self, pieces: _Pieces, offset: Shape, tensor: Tensor, name: str, where: str) -> None:
+        """The first piece at an offset is kept; any other there must be a copy of it."""
+        first = pieces.parts.get(offset)
+        if first is None:
+            pieces.parts[offset] = (tensor, where)
+        elif first[0].shape != tensor.shape or first[0].dtype != tensor.dtype:
+            self.misshaped.append(f"{where}: {name} is {tensor.dtype} {tensor.shape}, but {first[0].dtype} {first[0].shape} at {first[1]}")
+        elif first[0] != tensor:
+            self.replicas.append(Replica(name, first[0], tensor, f"{where} against {first[1]}"))
+
+    def finish_assembled(self) -> None:
+        """Tensors that were cut after assembling are gathered first and taken apart then."""
+        for binding, key, pieces in self.assembled.values():
+            if (whole := self.join(key, pieces)) is not None:
+                self.add_atoms(binding, key, whole, "all ranks")
+
+    def join(self, key: Key, pieces: _Pieces) -> Tensor | None:
+        dtypes = {t.dtype for t, _ in pieces.parts.values()}
+        if len(dtypes) > 1:
+            self.misshaped.append(f"{key} is stored as {' and '.join(sorted(map(str, dtypes)))} on different ranks")
+            return None
+        try:
+            return assemble(pieces.shape, [(at, t) for at, (t, _) in pieces.parts.items()])
+        except ValueError as error:
+            self.misshaped.append(f"{key}: the ranks do not make it whole: {error}")
+            return None
+
+    def joined(self) -> dict[Key, Tensor]:
+        tensors = {key: self.join(key, pieces) for key, pieces in self.atoms.items()}
+        if self.misshaped:
+            raise CoverageError("the pieces on the ranks do not make whole tensors:", self.misshaped)
+        return {key: tensor for key, tensor in tensors.items() if tensor is not None}
+
+    def problems(self) -> list[str]:
+        lines = []
+        for name, places in self.missing.items():
+            lines.append(f"missing: {name} ({_some(places)})")
+        for i, (name, places) in enumerate(self.unexpected.items()):
+            near = difflib.get_close_matches(name, self.missing, 1) if i < SUGGESTED else []
+            lines.append(f"unexpected: {name} ({_some(places)})" + (f"; did you mean {near[0]}?" if near else ""))
+        return lines + self.misshaped
+
+
+def _some(places: Sequence[str]) -> str:
+    return ", ".join(places[:4]) + (f" and {len(places) - 4} more" if len(places) > 4 else "")
+
+
+def _check_vocabulary(stored: Stored, tensors: Dict[Key, Tensor], dropped: Sequence[str]) -> None:
+    """Every atom that a model of this architecture has must have come out, whatever the mapping binds."""
+    gone = set(dropped)
+    absent = [
+        f"missing: {name}"
+        for name, _ in stored.mapping.vocabulary.expected(stored.config)
+        if Key(name) not in tensors and name not in gone and not _was_dropped(name, stored, gone)
+    ]
+    if absent:
+        raise CoverageError(f"{stored.mapping.name} does not say where these parts of the model are stored:", absent)
+
+
+def _was_dropped(name: str, stored: Stored, gone: set[str]) -> bool:
+    """Whether the stored tensor that holds an atom was left out as a whole."""
+    return bool(gone) and any(
+        b.stored in gone and name in b.atoms
+        for rank in stored.ranks
+        for b in bind(stored.mapping, stored.variant, stored.config, stored.topology, rank)
+    )

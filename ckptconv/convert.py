@@ -1,0 +1,199 @@
+"""The pipeline: load, canonicalize, passes, localize, save, execute. Every command is this, or stops it earlier."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping as Dict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ckptconv import passes
+from ckptconv.canonicalize import canonicalize
+from ckptconv.checkpoint import Checkpoint, Extras, Origin, Stored
+from ckptconv.errors import CkptconvError, PlanError, UsageError
+from ckptconv.execute import ExecuteOptions, Progress, Report, execute
+from ckptconv.formats import Format, Request
+from ckptconv.layout import Layout, layout_from
+from ckptconv.localize import localize
+from ckptconv.mapping_files import load_mapping_file
+from ckptconv.plan import Check, Plan
+from ckptconv.registry import get_format, make_options, sniff
+
+VERSION = "0.1.0"
+Options = Dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One conversion as asked for. `saver` None means: the source's own format (reshard)."""
+
+    source: Path
+    loader: str | None = None
+    saver: str | None = None
+    layout: Layout = field(default_factory=Layout)
+    loader_options: Options = field(default_factory=dict)
+    saver_options: Options = field(default_factory=dict)
+    dtype: str = "keep"
+    vocab_size: int | None = None
+    vocab_divisor: int | None = None
+    family: str | None = None
+    mapping: tuple[Path, ...] = ()
+    drop: tuple[str, ...] = ()
+    optimizer: str = "keep"
+    replicas: str = "check"
+    iteration: int | str | None = None
+    check: bool = False
+
+    def request(self) -> Request:
+        return Request(
+            vocab=self.vocab_size,
+            vocab_divisor=self.vocab_divisor,
+            family=self.family,
+            iteration=self.iteration,
+            check=self.check,
+            mappings=tuple(load_mapping_file(path) for path in self.mapping),
+            drop=self.drop,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A conversion worked out to the last byte, before any tensor is read."""
+
+    plan: Plan
+    stored: Stored
+    checkpoint: Checkpoint
+    saver: Format
+
+    def usage(self, dst: str) -> str:
+        return self.saver.usage(self.stored, dst)
+
+
+def load_stored(source: Path, loader: str | None, options: Options, request: Request) -> tuple[Format, Stored]:
+    fmt = get_format(loader) if loader and loader != "auto" else sniff(source)
+    return fmt, fmt.load(source, make_options(fmt.Load, options, "loader", fmt.name), request)
+
+
+def load(path: str | os.PathLike[str], *, loader: str | None = None, loader_options: Options | None = None, **wishes: Any) -> Checkpoint:
+    """A checkpoint as its canonical graph of lazy tensors; `wishes` are the fields of Job, such as vocab_size."""
+    job = Job(Path(path), loader=loader, loader_options=loader_options or {}, **wishes)
+    return open_checkpoint(job)[1]
+
+
+def open_checkpoint(job: Job) -> tuple[Format, Checkpoint]:
+    request = job.request()
+    fmt, stored = load_stored(job.source, job.loader, job.loader_options, request)
+    job.layout.check_source(stored.topology)
+    return fmt, passes.with_vocabulary(canonicalize(stored, job.drop), job.vocab_size)
+
+
+def prepare(job: Job) -> Prepared:
+    """Everything but moving bytes: the plan, or the error that says why there is none."""
+    request = job.request()
+    loader, checkpoint = open_checkpoint(job)
+    _refuse_losing_state(checkpoint, job.optimizer)
+    saver = loader if job.saver is None else get_format(job.saver)
+    options = make_options(saver.Save, job.saver_options, "saver", saver.name)
+    checkpoint = passes.cast(checkpoint, job.dtype, _mapping_of(checkpoint, request))
+    checkpoint = replace(checkpoint, config=replace(checkpoint.config, dtype=passes.mean_dtype(checkpoint)))
+    topology = job.layout.topology(checkpoint.config.layers, checkpoint.origin.topology, keep=job.saver is None)
+    target = saver.target(checkpoint, topology, options, request)
+    checkpoint = passes.resize_vocabulary(checkpoint, target.vocab_rows, target.mapping)
+    stored = localize(checkpoint, target, saver.name, job.drop)
+    plan = saver.save(stored, options, request)
+    checks = () if job.replicas == "first" else tuple(Check(*replica) for replica in checkpoint.replicas)
+    about = {**plan.about, **_about(job, checkpoint, stored)}
+    return Prepared(replace(plan, checks=checks, about=about, root=str(job.source)), stored, checkpoint, saver)
+
+
+def convert(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    saver: str | None = None,
+    loader: str | None = None,
+    tp: int | str | None = None,
+    pp: int | str | None = None,
+    vpp: int | str | None = None,
+    ep: int | str | None = None,
+    etp: int | str | None = None,
+    pp_layers: Sequence[int] | str | None = None,
+    loader_options: Options | None = None,
+    saver_options: Options | None = None,
+    execute_options: ExecuteOptions | None = None,
+    progress: Progress | None = None,
+    **wishes: Any,
+) -> Report:
+    """Convert SRC to DST; `saver` None keeps the format. `wishes` are the remaining fields of Job (dtype, vocab_size, ...)."""
+    counts = pp_layers if isinstance(pp_layers, str) or pp_layers is None else ",".join(map(str, pp_layers))
+    job = Job(
+        Path(src),
+        loader=loader,
+        saver=saver,
+        layout=layout_from({"tp": tp, "pp": pp, "vpp": vpp, "ep": ep, "etp": etp}, counts),
+        loader_options=loader_options or {},
+        saver_options=saver_options or {},
+        **wishes,
+    )
+    check_places(job.source, Path(dst))
+    return execute(prepare(job).plan, Path(dst), execute_options or ExecuteOptions(), progress)
+
+
+def check_places(src: Path, dst: Path) -> None:
+    """Source and destination must not be the same folder, nor one inside the other."""
+    a, b = src.resolve(), dst.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        raise UsageError(f"source {src} and destination {dst} are the same or one lies inside the other")
+
+
+def _mapping_of(checkpoint: Checkpoint, request: Request) -> Any:
+    from ckptconv.mapping_files import chosen
+
+    return chosen(checkpoint.origin.mapping, request.mappings)
+
+
+def _refuse_losing_state(checkpoint: Checkpoint, optimizer: str) -> None:
+    if optimizer not in ("keep", "drop"):
+        raise UsageError(f"--optimizer {optimizer}: expected keep or drop")
+    state = checkpoint.extras.objects.get("state")
+    if state and optimizer == "keep":
+        listed = "".join(f"\n  {item}" for item in state) if isinstance(state, list | tuple) else f"\n  {state}"
+        raise PlanError(
+            f"the source holds training state, which this version cannot carry over:{listed}\n"
+            "Give --optimizer drop to convert the weights alone and lose it."
+        )
+
+
+def _about(job: Job, checkpoint: Checkpoint, stored: Stored) -> dict[str, object]:
+    """The head of the manifest: what was asked, of what, and what was left out. No time, host, user or absolute path."""
+    asked = {
+        "dtype": job.dtype,
+        "vocab_size": checkpoint.config.vocab,
+        "family": checkpoint.config.family,
+        "saver_options": {k: str(v) for k, v in sorted(job.saver_options.items()) if not isinstance(v, Path)},
+        "drop": list(job.drop),
+        "optimizer": job.optimizer,
+        "replicas": job.replicas,
+    }
+    unchecked = [f"{r.name}: {r.where}" for r in checkpoint.replicas] if job.replicas == "first" else []
+    return {
+        "ckptconv": VERSION,
+        "source": _form(checkpoint.origin),
+        "result": _form(Origin(stored.format, stored.mapping.name, stored.variant, stored.topology)),
+        "options": asked,
+        "dropped": list(checkpoint.dropped),
+        "unchecked_replicas": unchecked,
+        "notes": list(stored.extras.notes),
+    }
+
+
+def _form(origin: Origin) -> dict[str, object]:
+    t = origin.topology
+    degrees = {name: t.degree(name) for name in ("tp", "pp", "vpp", "ep", "etp")}
+    counts = [len(stage.layers) for stage in t.stages]
+    return {"format": origin.format, "mapping": origin.mapping, "form": sorted(origin.variant), **degrees, "pp_layers": counts}
+
+
+__all__ = ["CkptconvError", "Extras", "Job", "Prepared", "convert", "load", "prepare"]

@@ -1,0 +1,93 @@
+"""What formats there are: built-in ones by dotted path, imported when used, and those of installed plug-ins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping as Dict
+from dataclasses import MISSING, fields
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from ckptconv.errors import FormatError, UsageError
+from ckptconv.formats import Format
+
+ENTRY_POINTS = "ckptconv.formats"
+BUILT_IN = {
+    "hf": "ckptconv.formats.hf:Hf",
+    "mcore": "ckptconv.formats.mcore:Mcore",
+    "legacy": "ckptconv.formats.legacy:Legacy",
+}
+
+
+@cache
+def formats() -> dict[str, tuple[str, Format]]:
+    """name -> (where it comes from, the format)."""
+    found: dict[str, tuple[str, Format]] = {}
+    for name, target in BUILT_IN.items():
+        module, _, attribute = target.partition(":")
+        found[name] = ("built-in", getattr(import_module(module), attribute)())
+    for point in entry_points(group=ENTRY_POINTS):
+        origin = f"plug-in {point.dist.name} {point.dist.version}" if point.dist else "plug-in"
+        if point.name in found:
+            raise UsageError(f"{origin} brings a format {point.name!r}, which is already taken by {found[point.name][0]}")
+        found[point.name] = (origin, point.load()())
+    return found
+
+
+def get_format(name: str) -> Format:
+    for known, (_, fmt) in formats().items():
+        if name in (known, *fmt.aliases):
+            return fmt
+    names = [f"{known} ({', '.join(fmt.aliases)})" if fmt.aliases else known for known, (_, fmt) in formats().items()]
+    raise UsageError(f"no format {name!r}; known: {', '.join(names)}")
+
+
+def sniff(path: Path) -> Format:
+    """The one format that recognises a folder."""
+    if not path.exists():
+        raise FormatError(path, "there is nothing here")
+    found = [(name, fmt) for name, (_, fmt) in formats().items() if fmt.sniff(path)]
+    if len(found) != 1:
+        names = " and ".join(name for name, _ in found) or f"none of {', '.join(formats())}"
+        raise FormatError(path, f"it looks like {names}; say which with --loader")
+    return found[0][1]
+
+
+def make_options(kind: type, values: Dict[str, object], flag: str, name: str) -> Any:
+    """An options dataclass from names and values (text is read as the field's type)."""
+    hints, known = get_type_hints(kind), {f.name: f for f in fields(kind)}
+    unknown = [key for key in values if key.replace("-", "_") not in known]
+    if unknown:
+        given = ", ".join(f"--{flag}.{key}" for key in unknown)
+        listed = ", ".join(f"--{flag}.{n.replace('_', '-')}" for n in known) or "none"
+        raise UsageError(f"format {name} has no option {given}; it has: {listed}")
+    return kind(**{key.replace("-", "_"): _read(hints[key.replace("-", "_")], value, f"--{flag}.{key}") for key, value in values.items()})
+
+
+def _read(hint: object, value: object, flag: str) -> object:
+    """A value given as text, as the type a field declares."""
+    if not isinstance(value, str):
+        return value
+    kinds = [k for k in get_args(hint) if k is not type(None)] if get_origin(hint) in (Union, UnionType) else [hint]
+    if bool in kinds:
+        if value.lower() not in ("true", "false", "1", "0", "yes", "no"):
+            raise UsageError(f"{flag} {value}: expected true or false")
+        return value.lower() in ("true", "1", "yes")
+    if int in kinds and (value.lstrip("-").isdecimal() or str not in kinds):
+        try:
+            return int(value)
+        except ValueError:
+            raise UsageError(f"{flag} {value}: expected a number") from None
+    return Path(value) if Path in kinds else value
+
+
+def option_rows(kind: type) -> list[tuple[str, str, str]]:
+    """(name, default, help) of every option, for listings."""
+    rows = []
+    for f in fields(kind):
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        rows.append((f.name.replace("_", "-"), "" if default in (None, MISSING) else str(default), str(f.metadata.get("help", ""))))
+    return rows

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptconv.dtypes import BF16, FP32, DType
+from ckptconv.dtypes import DType
 
 Array = NDArray[Any]
 UINT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -58,19 +58,14 @@ class Cast:
         return b_max < a_max or b_min > a_min
 
     def __call__(self, src: Array, dst: Array) -> Loss | None:
-        if self.source == BF16 and self.target == FP32:  # the upper half of the same bits
-            np.left_shift(src.view(np.uint16), 16, out=dst.view(np.uint32), dtype=np.uint32)
-            return None
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             np.copyto(dst, src, casting="unsafe")
-            return self._loss(src, dst) if self.narrows else None
-
-    def _loss(self, src: Array, dst: Array) -> Loss:
-        infinite, zeros = _not_finite(dst), _zeros(dst, self.target)
-        if infinite:
-            infinite -= _not_finite(src)
-        if zeros:
-            zeros -= _zeros(src, self.source)
+        if not self.narrows:
+            return None
+        infinite, zeros = _lost(dst, self.target)
+        if infinite or zeros:  # rare: then those that were so before do not count
+            already = _lost(src, self.source)
+            infinite, zeros = infinite - already[0], zeros - already[1]
         return Loss(infinite, zeros)
 
 
@@ -105,11 +100,11 @@ def _range(dtype: DType) -> tuple[float, float]:
     return float(info.max), float(info.smallest_subnormal)
 
 
-def _not_finite(values: Array) -> int:
-    return int(values.size - np.count_nonzero(np.isfinite(values)))
-
-
-def _zeros(values: Array, dtype: DType) -> int:
-    """Zeros of either sign."""
-    magnitude = np.left_shift(values.view(UINT[dtype.itemsize]), 1)
-    return int(values.size - np.count_nonzero(magnitude))
+def _lost(values: Array, dtype: DType) -> tuple[int, int]:
+    """How many are not finite, and how many zero: told from the bits, which order as magnitudes do once the sign is gone."""
+    uint = UINT[dtype.itemsize]
+    magnitude = np.left_shift(values.view(uint), 1)
+    largest = np.array([_range(dtype)[0]], dtype.numpy).view(uint)[0] << 1
+    infinite = np.count_nonzero(magnitude > largest) if magnitude.max(initial=0) > largest else 0
+    zeros = values.size - np.count_nonzero(magnitude) if magnitude.min(initial=1) == 0 else 0
+    return int(infinite), int(zeros)

@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ckptconv.checkpoint import Checkpoint, Key, Stored
-    from ckptconv.convert import Job, Prepared, convert, load, prepare
+    from ckptconv.pipeline import Job, Prepared, convert, load, prepare
     from ckptconv.errors import CkptconvError
     from ckptconv.execute import ExecuteOptions, Report
     from ckptconv.tensor import Tensor
-    from ckptconv.verify import verify
+    from ckptconv.compare import verify
 
 _HOMES = {
     "Checkpoint": "checkpoint",
     "CkptconvError": "errors",
     "ExecuteOptions": "execute",
-    "Job": "convert",
+    "Job": "pipeline",
     "Key": "checkpoint",
-    "Prepared": "convert",
+    "Prepared": "pipeline",
     "Report": "execute",
     "Stored": "checkpoint",
     "Tensor": "tensor",
-    "convert": "convert",
-    "load": "convert",
-    "prepare": "convert",
-    "verify": "verify",
+    "convert": "pipeline",
+    "load": "pipeline",
+    "prepare": "pipeline",
+    "verify": "compare",
 }
 
 __version__ = "0.1.0"

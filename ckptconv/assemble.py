@@ -29,7 +29,9 @@ def _joined(box: Box, items: Sequence[tuple[Box, Tensor]]) -> Tensor:
     """Cut along an axis where no part straddles the cut, and join the halves; recurse."""
     if len(items) == 1:
         if items[0][0] != box:
-            raise ValueError(f"a part at {_text(items[0][0])} stands where {_text(box)} is needed: parts overlap and leave a hole")
+            raise ValueError(
+                f"a part at {_text(items[0][0])} stands where {_text(box)} is needed: parts overlap and leave a hole"
+            )
         return items[0][1]
     for axis, (start, stop) in enumerate(box):
         edges = [start, *_straight_cuts([b[axis] for b, _ in items], start), stop]

@@ -89,7 +89,9 @@ def take_apart(expr: Node | Leaf, env: Env, whole: Tensor) -> Iterator[tuple[str
             yield from take_apart(arg, env, piece)
 
 
-def bind(mapping: Mapping, variant: frozenset[str], config: ModelConfig, topology: Topology, rank: Rank) -> Iterator[Binding]:
+def bind(
+    mapping: Mapping, variant: frozenset[str], config: ModelConfig, topology: Topology, rank: Rank
+) -> Iterator[Binding]:
     """The table of one rank: rows that share an index variable run index by index, as a module tree does."""
     binder = _Binder(mapping, variant, config, topology, rank)
     for variable, rules in itertools.groupby(mapping.rules, lambda rule: (VARIABLE.findall(rule.stored) or [""])[0]):
@@ -111,7 +113,9 @@ class _Compiled:
 class _Binder:
     """Binds the rules of one rank; what does not depend on the index is worked out once."""
 
-    def __init__(self, mapping: Mapping, variant: frozenset[str], config: ModelConfig, topology: Topology, rank: Rank) -> None:
+    def __init__(
+        self, mapping: Mapping, variant: frozenset[str], config: ModelConfig, topology: Topology, rank: Rank
+    ) -> None:
         self.mapping, self.variant, self.config, self.topology, self.rank = mapping, variant, config, topology, rank
         self.roles = topology.stage(rank).roles
         self.cuts: dict[tuple[str, bool], Cut] = {}
@@ -143,10 +147,16 @@ class _Binder:
             env = {name: index for name, (index, _) in indices.items()}
             holding = [a for a, tags in row.alternatives if all(self.has(t, env.get("l")) for t in tags)]
             if len(holding) > 1:
-                raise MappingError(f"mapping {self.mapping.name!r}: {row.rule.stored!r} has two alternatives that hold at once")
+                raise MappingError(
+                    f"mapping {self.mapping.name!r}: {row.rule.stored!r} has two alternatives that hold at once"
+                )
             if not holding:
                 continue
-            stored = row.rule.stored.format(**{name: local for name, (_, local) in indices.items()}) if indices else row.rule.stored
+            stored = (
+                row.rule.stored.format(**{name: local for name, (_, local) in indices.items()})
+                if indices
+                else row.rule.stored
+            )
             expr, box = self.expression(row.rule, holding[0])
             yield Binding(stored, expr, env, holding[0].copy, box)
 
@@ -184,7 +194,9 @@ class _Binder:
         if expr.over is None:
             args = tuple(self.node(arg, env, whole=whole) for arg in expr.args)
         else:
-            args = tuple(self.node(expr.args[0], env | {expr.over: index}, whole=whole) for index, _ in self.domain(expr.over))
+            args = tuple(
+                self.node(expr.args[0], env | {expr.over: index}, whole=whole) for index, _ in self.domain(expr.over)
+            )
         op = OPS[expr.op](**self.params(expr, whole=whole))
         return Node(op, args, op.shape([arg.shape for arg in args]))
 

@@ -120,7 +120,9 @@ class _Gathered:
         if first is None:
             pieces.parts[offset] = (tensor, where)
         elif first[0].shape != tensor.shape or first[0].dtype != tensor.dtype:
-            self.misshaped.append(f"{where}: {name} is {tensor.dtype} {tensor.shape}, but {first[0].dtype} {first[0].shape} at {first[1]}")
+            self.misshaped.append(
+                f"{where}: {name} is {tensor.dtype} {tensor.shape}, but {first[0].dtype} {first[0].shape} at {first[1]}"
+            )
         elif first[0] != tensor:
             self.replicas.append(Replica(name, first[0], tensor, f"{where} against {first[1]}"))
 

@@ -55,7 +55,9 @@ def variants(mapping: Mapping, chosen: frozenset[str] = frozenset()) -> list[fro
 def _misfits(mapping: Mapping, table: Dict[tuple[Rank, str], object], ranks: Dict[Rank, Dict[Key, Tensor]]) -> int:
     """How many names of the ranks in the table are missing, unexpected or of another shape."""
     seen = {rank for rank, _ in table}
-    stored = {(rank, mapping.rename(k.name)): t.shape for rank in seen for k, t in ranks[rank].items() if k.slot == "param"}
+    stored = {
+        (rank, mapping.rename(k.name)): t.shape for rank in seen for k, t in ranks[rank].items() if k.slot == "param"
+    }
     wrong = 0
     for place, binding in table.items():
         shape = stored.pop(place, None)

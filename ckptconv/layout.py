@@ -23,7 +23,9 @@ class Layout:
     pp_layers: tuple[int, ...] = ()
 
     def check_source(self, topology: Topology) -> None:
-        wrong = [f"{name} {n} (it has {topology.degree(name)})" for name, n in self.source if topology.degree(name) != n]
+        wrong = [
+            f"{name} {n} (it has {topology.degree(name)})" for name, n in self.source if topology.degree(name) != n
+        ]
         if wrong:
             raise TopologyError(f"the source is not what was said of it: {', '.join(wrong)}")
 

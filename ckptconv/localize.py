@@ -55,5 +55,7 @@ def _assembled(binding: Binding, slot: str, checkpoint: Checkpoint, rank: Rank) 
     try:
         whole = put_together(binding.expr, binding.env, lambda name: checkpoint.tensors[Key(name, slot)])
     except ValueError as error:
-        raise CoverageError(f"{binding.stored} on {rank} cannot be put together:", [str(error)], "Parts of unlike dtypes need --dtype.") from None
+        raise CoverageError(
+            f"{binding.stored} on {rank} cannot be put together:", [str(error)], "Parts of unlike dtypes need --dtype."
+        ) from None
     return whole if binding.box is None else whole.narrow(0, *binding.box)

@@ -161,8 +161,14 @@ def validate(mapping: Mapping) -> None:
             problems += [f"{rule.stored}: {p}" for p in _problems(alternative.expr, bound, mapping)]
     known = {axis for atom in mapping.vocabulary.atoms.values() for axis in atom.axes}
     problems += [f"[cut] names an unknown axis {axis!r}" for axis in mapping.cut if axis not in known]
-    problems += [f"[deal] names an unknown variable {v!r}" for v in mapping.deal if v not in mapping.vocabulary.variables]
-    problems += [f"excess of {a!r}: {v!r} is not one of assembled, replicate" for a, v in mapping.excess.items() if v not in ("assembled", "replicate")]
+    problems += [
+        f"[deal] names an unknown variable {v!r}" for v in mapping.deal if v not in mapping.vocabulary.variables
+    ]
+    problems += [
+        f"excess of {a!r}: {v!r} is not one of assembled, replicate"
+        for a, v in mapping.excess.items()
+        if v not in ("assembled", "replicate")
+    ]
     if problems:
         raise MappingError("\n  ".join([f"mapping {mapping.name!r} is wrong:", *problems]))
 

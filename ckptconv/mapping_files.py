@@ -149,7 +149,11 @@ def _rules(raw: dict[str, object], parent: Mapping | None, path: Path, chain: tu
 
 
 def _prefixed(rules: Sequence[Rule], block: dict[str, object]) -> list[Rule]:
-    stored, canonical, when = str(block.get("stored", "")), str(block.get("canonical", "")), words(block.get("when", ()))
+    stored, canonical, when = (
+        str(block.get("stored", "")),
+        str(block.get("canonical", "")),
+        words(block.get("when", ())),
+    )
 
     def renamed(expr: Expr) -> Expr:
         if isinstance(expr, str):
@@ -157,7 +161,10 @@ def _prefixed(rules: Sequence[Rule], block: dict[str, object]) -> list[Rule]:
         return Apply(expr.op, expr.params, tuple(renamed(a) for a in expr.args), expr.over)
 
     return [
-        Rule(stored + r.stored, tuple(Alternative(renamed(a.expr), (*when, *a.when), a.on, a.copy) for a in r.alternatives))
+        Rule(
+            stored + r.stored,
+            tuple(Alternative(renamed(a.expr), (*when, *a.when), a.on, a.copy) for a in r.alternatives),
+        )
         for r in rules
     ]
 

@@ -6,7 +6,7 @@ Each op knows shapes only; names, ranks and dtypes live elsewhere. `inverse(forw
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -148,7 +148,7 @@ class Rope:
         return split.permute([0, 2, 1, *range(3, len(split.shape))]).fold(1).fold(0)
 
 
-OPS: dict[str, type[Concat] | type[Stack] | type[Permute] | type[Reshape] | type[Rope]] = {
+OPS: dict[str, Callable[..., Op]] = {
     "concat": Concat,
     "stack": Stack,
     "permute": Permute,

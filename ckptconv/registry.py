@@ -32,7 +32,9 @@ def formats() -> dict[str, tuple[str, Format]]:
     for point in entry_points(group=ENTRY_POINTS):
         origin = f"plug-in {point.dist.name} {point.dist.version}" if point.dist else "plug-in"
         if point.name in found:
-            raise UsageError(f"{origin} brings a format {point.name!r}, which is already taken by {found[point.name][0]}")
+            raise UsageError(
+                f"{origin} brings a format {point.name!r}, which is already taken by {found[point.name][0]}"
+            )
         found[point.name] = (origin, point.load()())
     return found
 
@@ -64,7 +66,12 @@ def make_options(kind: type, values: Dict[str, object], flag: str, name: str) ->
         given = ", ".join(f"--{flag}.{key}" for key in unknown)
         listed = ", ".join(f"--{flag}.{n.replace('_', '-')}" for n in known) or "none"
         raise UsageError(f"format {name} has no option {given}; it has: {listed}")
-    return kind(**{key.replace("-", "_"): _read(hints[key.replace("-", "_")], value, f"--{flag}.{key}") for key, value in values.items()})
+    return kind(
+        **{
+            key.replace("-", "_"): _read(hints[key.replace("-", "_")], value, f"--{flag}.{key}")
+            for key, value in values.items()
+        }
+    )
 
 
 def _read(hint: object, value: object, flag: str) -> object:
@@ -89,5 +96,11 @@ def option_rows(kind: type) -> list[tuple[str, str, str]]:
     rows = []
     for f in fields(kind):
         default = f.default_factory() if f.default_factory is not MISSING else f.default
-        rows.append((f.name.replace("_", "-"), "" if default in (None, MISSING) else str(default), str(f.metadata.get("help", ""))))
+        rows.append(
+            (
+                f.name.replace("_", "-"),
+                "" if default in (None, MISSING) else str(default),
+                str(f.metadata.get("help", "")),
+            )
+        )
     return rows

@@ -138,7 +138,13 @@ def even_counts(layers: int, pp: int, vpp: int, first: int | None = None, last: 
     """Layers per chunk as Megatron splits them: evenly, or with a first and a last stage of their own sizes."""
     middle = layers - (first or 0) - (last or 0)
     stages = pp - (first is not None) - (last is not None)
-    if stages < 0 or (stages == 0 and middle) or (stages and middle % (stages * vpp)) or (first or 0) % vpp or (last or 0) % vpp:
+    if (
+        stages < 0
+        or (stages == 0 and middle)
+        or (stages and middle % (stages * vpp))
+        or (first or 0) % vpp
+        or (last or 0) % vpp
+    ):
         given = "".join(f", {name} stage {n}" for name, n in (("first", first), ("last", last)) if n is not None)
         raise TopologyError(
             f"{layers} layers do not divide over pp {pp} x vpp {vpp}{given}; give each stage's layers with --pp-layers"
@@ -158,7 +164,9 @@ def account_counts(layers: int, pp: int, vpp: int, *, embedding: bool, loss: boo
     """Layers per chunk when the embedding and the loss each count as one layer of their stage."""
     total = layers + embedding + loss
     if total % (pp * vpp):
-        raise TopologyError(f"{layers} layers with embedding and loss counted ({total}) do not divide over {pp} x {vpp}")
+        raise TopologyError(
+            f"{layers} layers with embedding and loss counted ({total}) do not divide over {pp} x {vpp}"
+        )
     counts = [[total // pp // vpp] * pp for _ in range(vpp)]
     counts[0][0] -= embedding
     counts[-1][-1] -= loss

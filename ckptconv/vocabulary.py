@@ -52,7 +52,9 @@ class Vocabulary:
         parts = name.split(".")
         for atom in self.atoms.values():
             template = atom.name.split(".")
-            if len(template) == len(parts) and all(t == p or (t[0] == "{" and p.isdecimal()) for t, p in zip(template, parts, strict=True)):
+            if len(template) == len(parts) and all(
+                t == p or (t[0] == "{" and p.isdecimal()) for t, p in zip(template, parts, strict=True)
+            ):
                 return atom
         return None
 

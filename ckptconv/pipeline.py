@@ -11,13 +11,14 @@ from typing import Any
 
 from ckptconv import passes
 from ckptconv.canonicalize import canonicalize
-from ckptconv.checkpoint import Checkpoint, Extras, Origin, Stored
-from ckptconv.errors import CkptconvError, PlanError, UsageError
+from ckptconv.checkpoint import Checkpoint, Origin, Stored
+from ckptconv.errors import PlanError, UsageError
 from ckptconv.execute import ExecuteOptions, Progress, Report, execute
 from ckptconv.formats import Format, Request
 from ckptconv.layout import Layout, layout_from
 from ckptconv.localize import localize
-from ckptconv.mapping_files import load_mapping_file
+from ckptconv.mapping import Mapping
+from ckptconv.mapping_files import chosen, load_mapping_file
 from ckptconv.plan import Check, Plan
 from ckptconv.registry import get_format, make_options, sniff
 
@@ -76,7 +77,9 @@ def load_stored(source: Path, loader: str | None, options: Options, request: Req
     return fmt, fmt.load(source, make_options(fmt.Load, options, "loader", fmt.name), request)
 
 
-def load(path: str | os.PathLike[str], *, loader: str | None = None, loader_options: Options | None = None, **wishes: Any) -> Checkpoint:
+def load(
+    path: str | os.PathLike[str], *, loader: str | None = None, loader_options: Options | None = None, **wishes: Any
+) -> Checkpoint:
     """A checkpoint as its canonical graph of lazy tensors; `wishes` are the fields of Job, such as vocab_size."""
     job = Job(Path(path), loader=loader, loader_options=loader_options or {}, **wishes)
     return open_checkpoint(job)[1]
@@ -148,9 +151,7 @@ def check_places(src: Path, dst: Path) -> None:
         raise UsageError(f"source {src} and destination {dst} are the same or one lies inside the other")
 
 
-def _mapping_of(checkpoint: Checkpoint, request: Request) -> Any:
-    from ckptconv.mapping_files import chosen
-
+def _mapping_of(checkpoint: Checkpoint, request: Request) -> Mapping:
     return chosen(checkpoint.origin.mapping, request.mappings)
 
 
@@ -193,7 +194,10 @@ def _form(origin: Origin) -> dict[str, object]:
     t = origin.topology
     degrees = {name: t.degree(name) for name in ("tp", "pp", "vpp", "ep", "etp")}
     counts = [len(stage.layers) for stage in t.stages]
-    return {"format": origin.format, "mapping": origin.mapping, "form": sorted(origin.variant), **degrees, "pp_layers": counts}
-
-
-__all__ = ["CkptconvError", "Extras", "Job", "Prepared", "convert", "load", "prepare"]
+    return {
+        "format": origin.format,
+        "mapping": origin.mapping,
+        "form": sorted(origin.variant),
+        **degrees,
+        "pp_layers": counts,
+    }

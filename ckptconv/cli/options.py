@@ -1,0 +1,173 @@
+"""Options of the command line that several commands share, and the --loader.X / --saver.X ones that formats declare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ckptconv.errors import UsageError
+
+if TYPE_CHECKING:
+    from ckptconv.execute import ExecuteOptions
+    from ckptconv.pipeline import Job
+
+F = TypeVar("F", bound=Callable[..., Any])
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+class FormatCommand(click.Command):
+    """A command that takes --loader.NAME VALUE and --saver.NAME VALUE: which names there are is the format's business."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        rest: list[str] = []
+        found: dict[str, dict[str, object]] = {"loader": {}, "saver": {}}
+        items = iter(args)
+        for item in items:
+            flag, equals, value = item.partition("=")
+            side, dot, name = flag.removeprefix("--").partition(".")
+            if not (item.startswith("--") and dot and side in found):
+                rest.append(item)
+                continue
+            if not equals and (value := next(items, "")) == "":
+                raise click.UsageError(f"{flag} needs a value", ctx)
+            found[side][name] = value
+        ctx.meta["ckptconv.options"] = found
+        return super().parse_args(ctx, rest)
+
+
+def parse_size(text: str) -> int:
+    """A size such as 64MB or 1.5GB (GB = 10**9)."""
+    number = text.strip().upper().rstrip("BKMGT ")
+    unit = text.strip().upper()[len(number) :].strip()
+    try:
+        return int(float(number) * UNITS[unit if unit.endswith("B") or not unit else unit + "B"])
+    except (ValueError, KeyError):
+        raise UsageError(f"size {text!r}: expected a number and one of KB, MB, GB, TB") from None
+
+
+def _stack(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    def apply(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+layout_options = _stack(
+    *(
+        click.option(f"--{name}", metavar="N|A:B", help=text)
+        for name, text in (
+            ("tp", "Tensor parallel size; A:B also checks that the source has A."),
+            ("pp", "Pipeline parallel size."),
+            ("vpp", "Virtual pipeline size: model chunks per pipeline rank."),
+            ("ep", "Expert parallel size."),
+            ("etp", "Expert tensor parallel size (default: tp)."),
+        )
+    ),
+    click.option(
+        "--pp-layers",
+        metavar="N,N,…",
+        help="Layers of each virtual stage (pp x vpp numbers, all stages of chunk 0 first).",
+    ),
+)
+source_options = _stack(
+    click.option("--loader", metavar="FORMAT", help="Format of the source (default: recognised)."),
+    click.option("--family", metavar="NAME", help="Model family, where the source does not say (ckptconv families)."),
+    click.option("--vocab-size", type=int, metavar="N", help="True vocabulary size, where the source does not say."),
+    click.option(
+        "--mapping", type=click.Path(path_type=Path), multiple=True, help="A mapping file that extends a known one."
+    ),
+    click.option(
+        "--drop", multiple=True, metavar="GLOB", help="Leave out tensors by name, on purpose; recorded in the result."
+    ),
+    click.option("--iteration", metavar="N|release", help="Which iteration of the source (default: the latest)."),
+    click.option("--check", is_flag=True, help="Verify checksums inside the source files (reads them whole)."),
+)
+change_options = _stack(
+    click.option(
+        "--dtype", default="keep", show_default=True, metavar="keep|fp32|bf16|fp16", help="Cast the parameters."
+    ),
+    click.option(
+        "--make-vocab-size-divisible-by",
+        "vocab_divisor",
+        type=int,
+        metavar="N",
+        help="Padding of the vocabulary (times tp).",
+    ),
+    click.option(
+        "--optimizer", default="keep", show_default=True, metavar="keep|drop", help="Training state of the source."
+    ),
+    click.option(
+        "--replicas",
+        default="check",
+        show_default=True,
+        metavar="check|first",
+        help="Copies on several ranks: compare, or trust the first.",
+    ),
+)
+run_options = _stack(
+    click.option(
+        "--memory",
+        default="1GB",
+        show_default=True,
+        metavar="SIZE",
+        help="Bound on memory; refused if it cannot be kept.",
+    ),
+    click.option("--workers", type=int, metavar="N", help="Threads that move bytes (default: up to 4)."),
+    click.option("--allow-overflow", is_flag=True, help="Let a cast turn finite values into infinities."),
+    click.option("--dry-run", is_flag=True, help="Show the plan and write nothing."),
+    click.option("--force", is_flag=True, help="Replace DST, once the new result is complete."),
+)
+output_options = _stack(
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    click.option("--quiet", is_flag=True, help="No progress and no notes."),
+)
+
+
+def make_job(ctx: click.Context, src: Path, saver: str | None, params: dict[str, Any]) -> Job:
+    """The Job that a command line asks for."""
+    from ckptconv.layout import DEGREES, layout_from
+    from ckptconv.pipeline import Job
+
+    found = ctx.meta["ckptconv.options"]
+    iteration = params.get("iteration")
+    if iteration is not None and iteration != "release" and not iteration.isdecimal():
+        raise UsageError(f"--iteration {iteration}: expected a number or release")
+    for name, allowed in (
+        ("optimizer", ("keep", "drop")),
+        ("replicas", ("check", "first")),
+        ("dtype", ("keep", "fp32", "bf16", "fp16")),
+    ):
+        if params.get(name, allowed[0]) not in allowed:
+            raise UsageError(f"--{name} {params[name]}: expected {' or '.join(allowed)}")
+    return Job(
+        src,
+        loader=params.get("loader"),
+        saver=saver,
+        layout=layout_from({name: params.get(name) for name in DEGREES}, params.get("pp_layers")),
+        loader_options=found["loader"],
+        saver_options=found["saver"],
+        iteration=int(iteration) if iteration and iteration.isdecimal() else iteration,
+        mapping=tuple(params.get("mapping") or ()),
+        drop=tuple(params.get("drop") or ()),
+        **{
+            k: params[k]
+            for k in ("dtype", "vocab_size", "vocab_divisor", "family", "optimizer", "replicas", "check")
+            if k in params
+        },
+    )
+
+
+def make_execute_options(params: dict[str, Any]) -> ExecuteOptions:
+    from ckptconv.execute import ExecuteOptions
+
+    return ExecuteOptions(
+        memory=parse_size(params["memory"]),
+        workers=params["workers"],
+        force=params["force"],
+        allow_overflow=params["allow_overflow"],
+    )

@@ -1,0 +1,118 @@
+"""Plans, verdicts and inspections as text for people, or as JSON for scripts."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ckptconv.cli.progress import human
+
+if TYPE_CHECKING:
+    from ckptconv.compare import Verdict
+    from ckptconv.pipeline import Prepared
+    from ckptconv.tensor import Tensor
+
+SHOWN = 200
+
+
+def emit(data: object) -> None:
+    click.echo(json.dumps(data, indent=2, default=str))
+
+
+def plan_facts(prepared: Prepared) -> dict[str, Any]:
+    """A plan as plain data: files, sizes, and each tensor's recipe."""
+    plan = prepared.plan
+    files = []
+    for file in plan.files:
+        tensors = [
+            {"name": s.name, "bytes": s.nbytes, "recipe": recipe(s.body, plan.root)}
+            for s in file.segments
+            if s.name and not isinstance(s.body, bytes) and hasattr(s.body, "shape")
+        ]
+        files.append({"path": file.path, "bytes": file.size, "tensors": tensors})
+    return {
+        "files": files,
+        "bytes": plan.nbytes,
+        "disk_needed": plan.nbytes,
+        "replicas_to_compare": len(plan.checks),
+        **{k: v for k, v in plan.about.items() if k != "ckptconv"},
+    }
+
+
+def recipe(tensor: Tensor, root: str) -> str:
+    """What a tensor is made of, in one line."""
+    from ckptconv.tensor import Concat, Fill, Fold, Map, View
+
+    head = f"{tensor.dtype}{list(tensor.shape)}"
+    if isinstance(tensor, View):
+        path = tensor.source.path.removeprefix(root).lstrip("/")
+        return f"{head} = {path}@{tensor.source.offset + tensor.offset} strides {list(tensor.strides)}"
+    if isinstance(tensor, Fill):
+        return f"{head} = constant"
+    if isinstance(tensor, Map):
+        return f"{head} = {type(tensor.fn).__name__.lower()} of ({recipe(tensor.child, root)})"
+    if isinstance(tensor, Fold):
+        return f"{head} = fold {tensor.axis} of ({recipe(tensor.child, root)})"
+    if isinstance(tensor, Concat):
+        parts = "; ".join(recipe(p, root) for p in tensor.parts[:4])
+        more = f"; and {len(tensor.parts) - 4} more" if len(tensor.parts) > 4 else ""
+        return f"{head} = {len(tensor.parts)} parts along {tensor.axis}: ({parts}{more})"
+    return head
+
+
+def show_plan(prepared: Prepared) -> None:
+    facts = plan_facts(prepared)
+    for file in facts["files"]:
+        click.echo(f"{file['path']}  {human(file['bytes'])}  {len(file['tensors'])} tensors")
+        for tensor in file["tensors"][:SHOWN]:
+            click.echo(f"    {tensor['name']}  {tensor['recipe']}")
+        if len(file["tensors"]) > SHOWN:
+            click.echo(f"    and {len(file['tensors']) - SHOWN} more (--json lists all)")
+    click.echo(
+        f"{len(facts['files'])} files, {human(facts['bytes'])} to write; {facts['replicas_to_compare']} replicas to compare"
+    )
+
+
+def show_verdict(verdict: Verdict) -> None:
+    for d in verdict.differences[:SHOWN]:
+        click.echo(f"{d.kind}: {d.name}: {d.detail}")
+    if len(verdict.differences) > SHOWN:
+        click.echo(f"and {len(verdict.differences) - SHOWN} more (--json lists all)")
+    word = "same" if verdict.same else f"different: {len(verdict.differences)} differences"
+    click.echo(f"{word} ({verdict.tensors} tensors, {human(verdict.nbytes)} compared)")
+
+
+def verdict_facts(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "same": verdict.same,
+        "tensors": verdict.tensors,
+        "bytes": verdict.nbytes,
+        "differences": [{"kind": d.kind, "name": d.name, "detail": d.detail} for d in verdict.differences],
+    }
+
+
+def show_facts(facts: dict[str, Any]) -> None:
+    """An inspection: the head as lines, then a line per rank."""
+    for name in ("format", "mapping", "form", "family", "step", "parameters"):
+        if facts.get(name) not in (None, [], ""):
+            value = facts[name]
+            click.echo(f"{name}: {', '.join(value) if isinstance(value, list) else value}")
+    if "layout" in facts:
+        click.echo("layout: " + " ".join(f"{k}={v}" for k, v in facts["layout"].items()))
+        click.echo("architecture: " + ", ".join(f"{k}={v}" for k, v in facts["architecture"].items()))
+    for row in facts.get("ranks", []):
+        degrees = " ".join(f"{k}={v}" for k, v in row["rank"].items())
+        layers = f"layers {row['layers'][0]}-{row['layers'][-1]}" if row["layers"] else "no layers"
+        click.echo(
+            f"  {degrees}: {layers}, {row['tensors']} tensors, {human(row['bytes'])}, {' '.join(row['dtypes'])}  {row['place']}"
+        )
+        for name, text in row.get("listed", {}).items():
+            click.echo(f"      {name}  {text}")
+    for row in facts.get("files", []):
+        rest = ", ".join(f"{k} {v}" for k, v in row.items() if k not in ("file", "bytes"))
+        click.echo(f"  {row['file']}  {human(row['bytes'])}  {rest}")
+    for name in ("state", "ignored", "notes"):
+        for item in facts.get(name, []):
+            click.echo(f"{name.rstrip('s')}: {item}")

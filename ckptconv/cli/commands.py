@@ -63,7 +63,7 @@ def cli() -> None:
 @run_options
 @output_options
 @click.pass_context
-def convert(ctx: click.Context, src: Path, dst: Path, saver: str, **params: Any) -> None:
+def convert(ctx: click.Context, /, src: Path, dst: Path, saver: str, **params: Any) -> None:
     """Convert SRC to DST in another format and layout."""
     run(make_job(ctx, src, saver, params), dst, params)
 
@@ -83,7 +83,7 @@ def convert(ctx: click.Context, src: Path, dst: Path, saver: str, **params: Any)
 @run_options
 @output_options
 @click.pass_context
-def reshard(ctx: click.Context, src: Path, dst: Path, **params: Any) -> None:
+def reshard(ctx: click.Context, /, src: Path, dst: Path, **params: Any) -> None:
     """Write SRC to DST in the same format and another layout; what is not said stays as it is."""
     run(make_job(ctx, src, None, params), dst, params)
 
@@ -102,7 +102,7 @@ def plan() -> None:
 @change_options
 @output_options
 @click.pass_context
-def plan_convert(ctx: click.Context, src: Path, dst: Path, saver: str, **params: Any) -> None:
+def plan_convert(ctx: click.Context, /, src: Path, dst: Path, saver: str, **params: Any) -> None:
     """Show what convert would write: files, bytes, each tensor's recipe."""
     run(make_job(ctx, src, saver, params), dst, {**DRY, **params})
 
@@ -115,7 +115,7 @@ def plan_convert(ctx: click.Context, src: Path, dst: Path, saver: str, **params:
 @change_options
 @output_options
 @click.pass_context
-def plan_reshard(ctx: click.Context, src: Path, dst: Path, **params: Any) -> None:
+def plan_reshard(ctx: click.Context, /, src: Path, dst: Path, **params: Any) -> None:
     """Show what reshard would write: files, bytes, each tensor's recipe."""
     run(make_job(ctx, src, None, params), dst, {**DRY, **params})
 
@@ -158,7 +158,7 @@ def run(job: Job, dst: Path, params: dict[str, Any]) -> None:
 @source_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
-def inspect(ctx: click.Context, path: Path, tensors: str | None, as_json: bool, **params: Any) -> None:
+def inspect(ctx: click.Context, /, path: Path, tensors: str | None, as_json: bool, **params: Any) -> None:
     """Show format, architecture, layout and what each rank holds, from headers alone."""
     from ckptconv import inspection
     from ckptconv.cli import render
@@ -178,7 +178,7 @@ def inspect(ctx: click.Context, path: Path, tensors: str | None, as_json: bool, 
 @source_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
-def verify(ctx: click.Context, a: Path, b: Path, as_json: bool, **params: Any) -> None:
+def verify(ctx: click.Context, /, a: Path, b: Path, as_json: bool, **params: Any) -> None:
     """Compare two checkpoints of any formats and layouts, tensor by tensor. Exit 0: same, 1: different, 3: could not compare."""
     from dataclasses import replace
 

@@ -23,13 +23,15 @@ def emit(data: object) -> None:
 
 def plan_facts(prepared: Prepared) -> dict[str, Any]:
     """A plan as plain data: files, sizes, and each tensor's recipe."""
+    from ckptconv.tensor import Tensor
+
     plan = prepared.plan
     files = []
     for file in plan.files:
         tensors = [
             {"name": s.name, "bytes": s.nbytes, "recipe": recipe(s.body, plan.root)}
             for s in file.segments
-            if s.name and not isinstance(s.body, bytes) and hasattr(s.body, "shape")
+            if s.name and isinstance(s.body, Tensor)
         ]
         files.append({"path": file.path, "bytes": file.size, "tensors": tensors})
     return {

@@ -1,0 +1,146 @@
+"""I3, I4, I5: for every mapping file and many layouts, export then import gives the atoms back leaf for leaf, and the cuts tile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from ckptconv.bind import bind
+from ckptconv.canonicalize import canonicalize
+from ckptconv.checkpoint import Checkpoint, Key, Origin, Stored, Target
+from ckptconv.config import ModelConfig
+from ckptconv.dialect import detect, variants
+from ckptconv.dtypes import BF16
+from ckptconv.errors import CoverageError, TopologyError
+from ckptconv.localize import localize
+from ckptconv.mapping_files import load_mapping, mapping_paths
+from ckptconv.source import Source
+from ckptconv.tensor import Tensor, contiguous
+from ckptconv.topology import Topology, even, with_stages
+
+DENSE = ModelConfig(
+    family="hf-llama", layers=4, hidden=32, heads=8, kv_heads=4, head_dim=6, ffn=48, vocab_rows=64, vocab=61, max_positions=16
+)  # fmt: skip
+SHAPES = {
+    "dense": DENSE,
+    "tied": replace(DENSE, tied=True),
+    "biases": replace(DENSE, qkv_bias=True, out_bias=True, mlp_bias=True),
+    "qk_norm": replace(DENSE, qk_norm=True),
+    "layernorm": replace(DENSE, norm="layernorm", glu=False, learned_positions=True, qkv_bias=True, out_bias=True, mlp_bias=True),
+    "moe": replace(DENSE, experts=4, moe_ffn=40, moe_layers=(0, 1, 2, 3)),
+    "mixed": replace(DENSE, experts=4, moe_ffn=40, moe_layers=(1, 3)),
+}
+TOPOLOGIES = {
+    "whole": even(4),
+    "tp2": even(4, tp=2),
+    "tp4pp2": even(4, tp=4, pp=2),
+    "pp2vpp2": even(4, pp=2, vpp=2),
+    "uneven": with_stages(Topology(tp=2, pp=3, etp=2), [[1, 2, 1]]),
+    "empty stage": with_stages(Topology(pp=3), [[0, 4, 0]]),
+    "ep2": even(4, tp=2, ep=2),
+    "ep4etp1": even(4, tp=2, ep=4, etp=1),
+    "ep2pp2etp1": even(4, tp=4, pp=2, ep=2, etp=1),
+    "tp8": even(4, tp=8, etp=8),
+}
+
+
+def atoms(config: ModelConfig, mapping: str) -> Checkpoint:
+    """A canonical checkpoint whose every atom is a file of its own."""
+    tensors: dict[Key, Tensor] = {}
+    for name, atom in load_mapping(mapping).vocabulary.expected(config):
+        shape = atom.shape(config)
+        tensors[Key(name)] = contiguous(Source(name, 0, math.prod(shape) * 2), shape, BF16)
+    return Checkpoint(config, tensors, Origin("test", mapping, frozenset(), even(config.layers)))
+
+
+def stored(checkpoint: Checkpoint, mapping: str, variant: frozenset[str], topology: Topology) -> Stored:
+    return localize(checkpoint, Target(load_mapping(mapping), variant, topology, checkpoint.config.vocab_rows), "test")
+
+
+def refused(mapping: str, shape: str, topology: str) -> bool:
+    """What a dialect has no place for, or cannot cut."""
+    if mapping == "megatron-legacy":
+        return shape in ("moe", "mixed", "qk_norm") or topology == "tp8"
+    if mapping.startswith("hf-"):
+        moe, norms = mapping == "hf-mixtral", mapping == "hf-qwen3"
+        return shape == "layernorm" or (shape in ("moe", "mixed") and not moe) or (shape == "qk_norm" and not norms)
+    return False
+
+
+def cases() -> Iterator[object]:
+    for mapping in mapping_paths():
+        for variant in variants(load_mapping(mapping)):
+            for shape in SHAPES:
+                for topology in TOPOLOGIES:
+                    if not mapping.startswith("hf-") or topology == "whole":
+                        yield pytest.param(mapping, variant, shape, topology, id=f"{mapping}-{'-'.join(sorted(variant))}-{shape}-{topology}")
+
+
+@pytest.mark.parametrize(("mapping", "variant", "shape", "topology"), list(cases()))
+def test_export_then_import_gives_the_same_leaves(mapping: str, variant: frozenset[str], shape: str, topology: str) -> None:
+    checkpoint = atoms(SHAPES[shape], mapping)
+    if refused(mapping, shape, topology):
+        with pytest.raises((CoverageError, TopologyError)):
+            stored(checkpoint, mapping, variant, TOPOLOGIES[topology])
+        return
+    there = stored(checkpoint, mapping, variant, TOPOLOGIES[topology])
+    back = canonicalize(there)
+    assert back.tensors == checkpoint.tensors
+    assert not back.replicas, "copies of one source must be recognised as the same leaf"
+
+
+@pytest.mark.parametrize("mapping", ["mcore", "mcore-local", "megatron-legacy"])
+@pytest.mark.parametrize("shape", ["dense", "tied", "biases", "layernorm"])
+@pytest.mark.parametrize("topology", ["whole", "tp2", "tp4pp2", "pp2vpp2", "uneven", "empty stage"])
+def test_dense_models_fit_every_megatron_dialect(mapping: str, shape: str, topology: str) -> None:
+    variant = variants(load_mapping(mapping))[0]
+    assert stored(atoms(SHAPES[shape], mapping), mapping, variant, TOPOLOGIES[topology]).ranks
+
+
+@pytest.mark.parametrize("mapping", ["mcore", "mcore-local"])
+@pytest.mark.parametrize("shape", ["moe", "mixed"])
+@pytest.mark.parametrize("topology", ["whole", "tp2", "tp4pp2", "ep2", "ep4etp1", "ep2pp2etp1"])
+def test_dialect_and_expert_form_are_told_by_the_names(mapping: str, shape: str, topology: str) -> None:
+    for variant in variants(load_mapping(mapping)):
+        there = stored(atoms(SHAPES[shape], mapping), mapping, variant, TOPOLOGIES[topology])
+        candidates = [load_mapping("mcore"), load_mapping("mcore-local")]
+        found = detect(candidates, there.config, there.topology, there.ranks)
+        assert found == (load_mapping(mapping), variant)
+
+
+@pytest.mark.parametrize("topology", [t for t in TOPOLOGIES if t not in ("tp8",)])
+@pytest.mark.parametrize("axis", ["vocab", "q", "ffn"])
+def test_cuts_of_an_axis_tile_it_evenly_often(topology: str, axis: str) -> None:
+    layout, size = TOPOLOGIES[topology], 64
+    seen: dict[tuple[int, int], int] = {}
+    for rank in layout.ranks():
+        cut = layout.cut(axis, "tp", size, size, rank)
+        seen[cut.lo, cut.hi] = seen.get((cut.lo, cut.hi), 0) + 1
+    edges = sorted(seen)
+    assert edges[0][0] == 0
+    assert edges[-1][1] == size
+    assert all(a[1] == b[0] for a, b in zip(edges, edges[1:], strict=False))
+    assert len(set(seen.values())) == 1
+
+
+def test_more_ranks_than_kv_heads_cuts_the_assembled_rows() -> None:
+    """Megatron-Core: rank r of 8 holds rows r/8 of the assembled qkv, which here is half a query group."""
+    config = SHAPES["dense"]
+    rank = next(r for r in even(4, tp=8).ranks() if r.tp == 3)
+    row = next(b for b in bind(load_mapping("mcore"), frozenset(), config, even(4, tp=8), rank) if "linear_qkv.weight" in b.stored)
+    rows = (8 + 2 * 4) * 6
+    assert row.box == (3 * rows // 8, 4 * rows // 8)
+    assert row.shape == (rows // 8, 32)
+
+
+def test_legacy_refuses_more_ranks_than_kv_heads() -> None:
+    with pytest.raises(TopologyError, match=r"query_key_value.*'kv' has 4 units"):
+        stored(atoms(SHAPES["dense"], "megatron-legacy"), "megatron-legacy", frozenset({"qkv_v2"}), even(4, tp=8))
+
+
+def test_model_with_experts_has_no_place_in_legacy() -> None:
+    with pytest.raises(CoverageError, match=r"no place for: layers\.0\.moe\.router\.weight"):
+        stored(atoms(SHAPES["moe"], "megatron-legacy"), "megatron-legacy", frozenset({"qkv_v2"}), even(4))

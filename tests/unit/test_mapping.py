@@ -1,0 +1,83 @@
+"""Mapping files: what is refused, and what extending, using and replacing do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ckptconv.errors import MappingError
+from ckptconv.mapping_files import chosen, load_mapping, load_mapping_file, mapping_paths
+
+EXTRA = '''
+extends = "hf-llama"
+[vocabulary.tensors]
+"layers.{l}.attn.scale" = { axes = ["head_dim"] }
+[[block]]
+[block.tensors]
+"model.layers.{l}.self_attn.scale" = "layers.{l}.attn.scale"
+"lm_head.weight" = false
+'''
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "mine.toml"
+    path.write_text(text)
+    return path
+
+
+def test_every_shipped_mapping_is_valid_and_has_rules() -> None:
+    assert {"hf-llama", "hf-mixtral", "mcore", "mcore-local", "megatron-legacy"} <= set(mapping_paths())
+    for name in mapping_paths():
+        assert load_mapping(name).rules
+
+
+def test_own_file_adds_replaces_and_removes_rules(tmp_path: Path) -> None:
+    mapping = load_mapping_file(write(tmp_path, EXTRA))
+    names = [rule.stored for rule in mapping.rules]
+    assert "model.layers.{l}.self_attn.scale" in names
+    assert "lm_head.weight" not in names
+    assert "model.embed_tokens.weight" in names
+    assert "layers.{l}.attn.scale" in mapping.vocabulary.atoms
+    assert "layers.{l}.attn.scale" not in load_mapping("hf-llama").vocabulary.atoms
+
+
+def test_own_file_stands_for_what_it_extends(tmp_path: Path) -> None:
+    mapping = load_mapping_file(write(tmp_path, EXTRA))
+    assert chosen("hf-llama", [mapping]) is mapping
+    assert chosen("hf-qwen2", [mapping]) is load_mapping("hf-qwen2")
+
+
+def test_use_takes_another_mappings_rules_under_prefixes(tmp_path: Path) -> None:
+    text = 'extends = "hf-llama"\n[[block]]\nuse = "mcore"\nstored = "model.inner."\n'
+    names = [rule.stored for rule in load_mapping_file(write(tmp_path, text)).rules]
+    assert "model.inner.decoder.layers.{l}.self_attention.linear_qkv.weight" in names
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends = [", "cannot be read"),
+        ("", "must say which one it extends"),
+        ('extends = "hf-nothing"', "extends 'hf-nothing', which is not known"),
+        ('extends = "mine"', "circle|not known"),
+        ('extends = "hf-llama"\nextend = 1', "unknown top-level keys"),
+        ('extends = "hf-llama"\n[[block]]\n[block.tensor]\nx = "norm.weight"', "unknown keys"),
+        ('extends = "hf-llama"\n[[block]]\n[block.tensors]\nx = "no.atom"', "no atom 'no.atom'"),
+        ('extends = "hf-llama"\n[[block]]\n[block.tensors]\nx = "layers.{l}.attn.q.weight"', "nothing runs over"),
+        ('extends = "hf-llama"\n[[block]]\n[block.tensors]\nx = { is = "norm.weight", when = "sometimes" }', "unknown tag 'sometimes'"),
+        ('extends = "hf-llama"\n[[block]]\n[block.tensors]\nx = { is = "norm.weight", on = "moon" }', "unknown role 'moon'"),
+        ('extends = "hf-llama"\n[[block]]\n[block.tensors]\nx = { glue = ["norm.weight"] }', "exactly one of"),
+        ('extends = "hf-llama"\n[[block]]\n[block.tensors]\nx = { concat = ["norm.weight"], sideways = 1 }', "concat has no"),
+        ('extends = "hf-llama"\n[[block]]\n[block.tensors]\nx = { stack = "norm.weight" }', "needs `over`"),
+        ('extends = "hf-llama"\n[[block]]\n[block.tensors]\nx = 3', "expected an atom's name or a table"),
+        ('extends = "hf-llama"\n[cut]\ntp = ["girth"]', "unknown axis 'girth'"),
+        ('extends = "hf-llama"\n[deal]\npp = "z"', "unknown variable 'z'"),
+        ('extends = "hf-llama"\n[excess]\nkv = "maybe"', "not one of assembled, replicate"),
+        ('extends = "hf-llama"\n[vocabulary.tensors]\nx = { axes = ["girth"] }', "unknown axes"),
+        ('extends = "hf-llama"\n[vocabulary.tensors]\nx = ["hidden"]', "must be a table"),
+    ],
+)
+def test_wrong_file_is_refused_with_its_fault(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(MappingError, match=message):
+        load_mapping_file(write(tmp_path, text))

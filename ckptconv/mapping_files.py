@@ -80,14 +80,13 @@ def _build(name: str, path: Path, chain: tuple[str, ...]) -> Mapping:
         raise MappingError(f"mappings extend each other in a circle: {' -> '.join([*chain, name])}")
     raw = _read(path)
     parent = _parent(raw, path, (*chain, name))
-    variants = raw.get("variants")
     mapping = Mapping(
         name=name,
         vocabulary=_vocabulary(raw, parent, str(path)),
         rules=_rules(raw, parent, path, (*chain, name)),
         extends=parent.name if parent else None,
         ignore=(*(parent.ignore if parent else ()), *words(raw.get("ignore", ()))),
-        variants=tuple(words(g) for g in variants) if isinstance(variants, list) else parent.variants if parent else (),
+        variants=_variants(raw, parent, (*chain, name)),
         match={**(parent.match if parent else {}), **_table(raw, "match", path)},
         config=_merged(parent.config if parent else {}, _table(raw, "config", path)),
         cut={**(parent.cut if parent else {}), **_inverted(_table(raw, "cut", path))},
@@ -136,14 +135,31 @@ def _vocabulary(raw: dict[str, object], parent: Mapping | None, where: str) -> V
     return Vocabulary({**base.variables, **added.variables}, {**base.atoms, **added.atoms})
 
 
+def _variants(raw: dict[str, object], parent: Mapping | None, chain: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """Our groups, else the parent's; and those of the mappings we use."""
+    own = raw.get("variants")
+    groups = [words(g) for g in own] if isinstance(own, list) else list(parent.variants if parent else ())
+    groups += [g for block in _using(raw) for g in _used(block, chain).variants]
+    return tuple(dict.fromkeys(groups))
+
+
+def _using(raw: dict[str, object]) -> list[dict[str, object]]:
+    blocks = raw.get("block", [])
+    return [b for b in blocks if "use" in b] if isinstance(blocks, list) else []
+
+
+def _used(block: dict[str, object], chain: tuple[str, ...]) -> Mapping:
+    name = str(block["use"])
+    if name not in mapping_paths():
+        raise MappingError(f"{chain[-1]}: uses {name!r}, which is not known; known: {', '.join(sorted(mapping_paths()))}")
+    return _build(name, mapping_paths()[name][1], chain)
+
+
 def _rules(raw: dict[str, object], parent: Mapping | None, path: Path, chain: tuple[str, ...]) -> tuple[Rule, ...]:
     """The parent's rules, with ours in their place or behind them."""
     rules: dict[str, Rule | None] = {r.stored: r for r in parent.rules} if parent else {}
-    blocks = raw.get("block", [])
-    for block in blocks if isinstance(blocks, list) else []:
-        if "use" in block:
-            used = _build(block["use"], mapping_paths()[block["use"]][1], chain)
-            rules |= {r.stored: r for r in _prefixed(used.rules, block)}
+    for block in _using(raw):
+        rules |= {r.stored: r for r in _prefixed(_used(block, chain).rules, block)}
     rules |= parse_rules(raw, str(path))
     return tuple(rule for rule in rules.values() if rule is not None)
 

@@ -118,13 +118,14 @@ class _Binder:
     ) -> None:
         self.mapping, self.variant, self.config, self.topology, self.rank = mapping, variant, config, topology, rank
         self.roles = topology.stage(rank).roles
+        self.variant_tags = mapping.variant_tags
         self.cuts: dict[tuple[str, bool], Cut] = {}
         self.domains: dict[str, list[tuple[int, int]]] = {}
         self.built: dict[tuple[str, int], tuple[Node | Leaf, Box | None]] = {}
 
     def has(self, tag: str, layer: int | None) -> bool:
         bare = tag.lstrip("!")
-        if bare in self.mapping.variant_tags:
+        if bare in self.variant_tags:
             return (bare in self.variant) != tag.startswith("!")
         return self.config.has(tag, layer)
 
@@ -141,24 +142,25 @@ class _Binder:
         return _Compiled(rule, variables, tuple(kept)) if kept else None
 
     def rows(self, row: _Compiled, variable: str, values: tuple[int, int]) -> Iterator[Binding]:
-        rest = [self.domain(v) for v in row.variables if v != variable]
-        for combination in itertools.product(*rest):
-            indices = dict(zip(row.variables, (values, *combination), strict=True)) if row.variables else {}
-            env = {name: index for name, (index, _) in indices.items()}
-            holding = [a for a, tags in row.alternatives if all(self.has(t, env.get("l")) for t in tags)]
-            if len(holding) > 1:
-                raise MappingError(
-                    f"mapping {self.mapping.name!r}: {row.rule.stored!r} has two alternatives that hold at once"
-                )
-            if not holding:
-                continue
-            stored = (
-                row.rule.stored.format(**{name: local for name, (_, local) in indices.items()})
-                if indices
-                else row.rule.stored
-            )
-            expr, box = self.expression(row.rule, holding[0])
-            yield Binding(stored, expr, env, holding[0].copy, box)
+        """The rows of one rule at one index of its first variable (which is the layer, if it has one)."""
+        index, local = values
+        layer = index if variable == "l" else None
+        holding = [a for a, tags in row.alternatives if all(self.has(t, layer) for t in tags)]
+        if len(holding) > 1:
+            raise MappingError(f"mapping {self.mapping.name!r}: {row.rule.stored!r} has two alternatives that hold at once")
+        if not holding:
+            return
+        expr, box = self.expression(row.rule, holding[0])
+        stored, copy = row.rule.stored, holding[0].copy
+        if not variable:
+            yield Binding(stored, expr, {}, copy, box)
+            return
+        rest = row.variables[1:]
+        for combination in itertools.product(*(self.domain(v) for v in rest)):
+            env, locals_ = {variable: index}, {variable: local}
+            for name, (i, j) in zip(rest, combination, strict=True):
+                env[name], locals_[name] = i, j
+            yield Binding(stored.format(**locals_), expr, env, copy, box)
 
     def expression(self, rule: Rule, alternative: Alternative) -> tuple[Node | Leaf, Box | None]:
         key = (rule.stored, rule.alternatives.index(alternative))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -15,47 +15,57 @@ from ckptconv.topology import Rank
 
 def localize(checkpoint: Checkpoint, target: Target, format_name: str, drop: Sequence[str] = ()) -> Stored:
     """Every rank's tensors put together from their parts of the atoms."""
-    slots = sorted({key.slot for key in checkpoint.tensors})
+    export = _Export(checkpoint)
     ranks: dict[Rank, dict[Key, Tensor]] = {}
-    used: set[Key] = set()
-    problems: list[str] = []
     for rank in target.topology.ranks():
-        tensors = ranks[rank] = {}
-        for binding in bind(target.mapping, target.variant, checkpoint.config, target.topology, rank):
-            if binding.copy:
-                continue
-            for slot in slots:
-                needed = [Key(a, slot) for a in binding.atoms]
-                if absent := [k for k in needed if k not in checkpoint.tensors]:
-                    if slot == "param":
-                        problems += [f"missing: {k}, needed for {binding.stored} on {rank}" for k in absent]
-                    continue
-                used.update(needed)
-                tensors[Key(binding.stored, slot)] = _assembled(binding, slot, checkpoint, rank)
-    problems += [f"no place for: {k}" for k in checkpoint.tensors if k not in used and not _matches(k.name, drop)]
+        table = bind(target.mapping, target.variant, checkpoint.config, target.topology, rank)
+        ranks[rank] = dict(row for binding in table if not binding.copy for row in export.rows(binding, rank))
+    homeless = [key for key in checkpoint.tensors if key not in export.used]
+    problems = export.problems + [f"no place for: {key}" for key in homeless if not _matches(key.name, drop)]
     if problems:
         raise CoverageError(
             f"{target.mapping.name} cannot hold this model:",
             problems,
             "Leave a tensor out on purpose with --drop GLOB (canonical name), or say where it goes with --mapping FILE.",
         )
-    left_out = tuple(k.name for k in checkpoint.tensors if k not in used)
-    notes = checkpoint.extras.notes + tuple(f"dropped on request: {name}" for name in left_out)
-    return Stored(
-        format_name, target.mapping, target.variant, target.topology, checkpoint.config, ranks,
-        extras=replace(checkpoint.extras, notes=notes),
-    )  # fmt: skip
+    notes = checkpoint.extras.notes + tuple(f"dropped on request: {key}" for key in homeless)
+    extras = replace(checkpoint.extras, notes=notes)
+    return Stored(format_name, target.mapping, target.variant, target.topology, checkpoint.config, ranks, extras=extras)
+
+
+class _Export:
+    """Puts stored tensors together, noting which canonical ones have found a place and which were wanted in vain."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.tensors = checkpoint.tensors
+        self.slots = sorted({key.slot for key in checkpoint.tensors})
+        self.used: set[Key] = set()
+        self.problems: list[str] = []
+
+    def rows(self, binding: Binding, rank: Rank) -> Iterator[tuple[Key, Tensor]]:
+        """A stored tensor in every slot that its atoms have."""
+        for slot in self.slots:
+            try:
+                whole = put_together(binding.expr, binding.env, lambda name, slot=slot: self.take(Key(name, slot)))
+            except KeyError:
+                self.note_absent(binding, slot, rank)
+                continue
+            except ValueError as error:
+                self.problems.append(f"{binding.stored} on {rank} cannot be put together: {error}; unlike dtypes need --dtype")
+                continue
+            yield Key(binding.stored, slot), whole if binding.box is None else whole.narrow(0, *binding.box)
+
+    def take(self, key: Key) -> Tensor:
+        tensor = self.tensors[key]
+        self.used.add(key)
+        return tensor
+
+    def note_absent(self, binding: Binding, slot: str, rank: Rank) -> None:
+        """A parameter must be there; another slot may be absent, but then from all operands."""
+        absent = [name for name in binding.atoms if Key(name, slot) not in self.tensors]
+        if slot == "param" or len(absent) < len(binding.atoms):
+            self.problems += [f"missing: {Key(name, slot)}, needed for {binding.stored} on {rank}" for name in absent]
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _assembled(binding: Binding, slot: str, checkpoint: Checkpoint, rank: Rank) -> Tensor:
-    try:
-        whole = put_together(binding.expr, binding.env, lambda name: checkpoint.tensors[Key(name, slot)])
-    except ValueError as error:
-        raise CoverageError(
-            f"{binding.stored} on {rank} cannot be put together:", [str(error)], "Parts of unlike dtypes need --dtype."
-        ) from None
-    return whole if binding.box is None else whole.narrow(0, *binding.box)

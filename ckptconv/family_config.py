@@ -1,0 +1,199 @@
+"""config.json of Hugging Face to ModelConfig and back, as the [config] table of a family's mapping says.
+
+field = "key"                         the same value under another name (dots go into nested tables)
+field = { key = "…", codec = "…" }    more than a rename: see config_codecs.py; further entries are its parameters
+field = false                         the parent's key does not exist in this family
+[config.default]                      field -> value when the key is absent, and always if there is no key; false (of a
+                                      field that is no flag) takes the parent's default away
+[config.const]                        key -> value, what a config.json made from nothing says besides
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, fields, replace
+from typing import Any
+
+from ckptconv.config import ModelConfig, Rope
+from ckptconv.config_codecs import ABSENT, CODECS, Entry, Section, Table, plain
+from ckptconv.errors import ConfigError, MappingError
+from ckptconv.mapping import Mapping
+
+TABLES = ("default", "const")
+MAX_INDEX = 8192  # layers or experts: a file that claims more is lying, and would cost its number in memory
+MAX_SIZE = 1 << 40
+NOT_HELD = {"family", "raw", "vocab", "vocab_rows", "dtype", "experts", "moe_ffn", "router_topk"}
+TOKENS = ("bos_token_id", "eos_token_id")  # unlike the class's own defaults, null claims nothing about a tokenizer
+KINDS = {f.name: str(f.type) for f in fields(ModelConfig)}
+
+
+def family_of(raw: Table, mappings: Sequence[Mapping], where: str = "config.json") -> Mapping:
+    """The family whose `match` this config.json fulfils."""
+    for mapping in mappings:
+        if mapping.match and all(_matches(raw.get(key), wanted) for key, wanted in mapping.match.items()):
+            return mapping
+    known = ", ".join(f"{m.match.get('model_type', '?')} ({m.name})" for m in mappings if m.match)
+    found = f"model_type is {raw['model_type']!r}" if "model_type" in raw else "there is no model_type"
+    raise ConfigError(
+        f"{where}: {found}, and no family is for that; known: {known}. "
+        "If the model is one of these under another name, say so with --family NAME; a new one needs a mapping file"
+    )
+
+
+def _matches(value: object, wanted: object) -> bool:
+    return value in wanted if isinstance(wanted, list) else value == wanted
+
+
+def read_config(raw: Table, where: str, mapping: Mapping) -> ModelConfig:
+    """The architecture a config.json states. Everything wrong with it is listed in one error."""
+    if raw.get("quantization_config") is not None:
+        raise ConfigError(
+            f"{where}: quantization_config is there: quantised weights are not supported yet; use the original ones"
+        )
+    section, known, problems = Section(raw, where), dict(_fixed(mapping)), list[str]()
+    for entry in entries(mapping):
+        if problems and entry.codec not in ("rename", "read_only"):
+            break  # what the codecs build upon is missing
+        try:
+            known[entry.field] = CODECS[entry.codec].read(section, entry, known)
+            _check_size(entry, known[entry.field], where)
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    config = ModelConfig(family=mapping.name, raw=raw, **known)
+    try:
+        config.check()
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return config
+
+
+def _check_size(entry: Entry, value: object, where: str) -> None:
+    limit = MAX_INDEX if entry.field in ("layers", "experts") else MAX_SIZE
+    if type(value) is int and not 0 <= value <= limit:
+        raise ConfigError(f"{where}: {entry.key} is {value}, expected 0 to {limit}")
+
+
+def write_config(config: ModelConfig, base: Table | None, mapping: Mapping) -> tuple[Table, list[str]]:
+    """A config.json for this architecture, and what it says differently from `base`, line by line.
+
+    With a base only what the architecture forces is changed, in the base's own spelling. Without one a complete
+    config.json is made, in the spelling of transformers 4, which 5 reads as well.
+    """
+    check_fits(config, mapping)
+    fresh = base is None
+    out: Table = _from_nothing(mapping) if base is None else copy.deepcopy(base)
+    known = {name: getattr(config, name) for name in KINDS}
+    for entry in entries(mapping):
+        if fresh or not _says(out, entry, known):
+            CODECS[entry.codec].write(out, entry, config, fresh=fresh)
+    if base is None or list(base) == sorted(base):
+        out = dict(sorted(out.items()))
+    return out, [] if base is None else _changes(base, out)
+
+
+def _says(out: Table, entry: Entry, known: Table) -> bool:
+    """Whether `out` already says what it should; what cannot even be read does not."""
+    try:
+        found = CODECS[entry.codec].read(Section(out, "config.json"), entry, known)
+    except ConfigError:
+        return False
+    return _comparable(found) == _comparable(known[entry.field])
+
+
+def _comparable(value: object) -> object:
+    return replace(value, scaling=plain(value.scaling)) if isinstance(value, Rope) else value
+
+
+def _from_nothing(mapping: Mapping) -> Table:
+    const = mapping.config.get("const", {})
+    assert isinstance(const, dict)
+    return {**const, **dict.fromkeys(TOKENS)}
+
+
+def _changes(base: Table, out: Table) -> list[str]:
+    def text(table: Table, key: str) -> str:
+        return json.dumps(table[key]) if key in table else "(absent)"
+
+    return [f"{k}: {text(base, k)} -> {text(out, k)}" for k in {**base, **out} if text(base, k) != text(out, k)]
+
+
+def config_text(table: Table) -> bytes:
+    """The file as transformers writes it."""
+    return (json.dumps(table, indent=2) + "\n").encode()
+
+
+def check_fits(config: ModelConfig, mapping: Mapping) -> None:
+    """Refuse an architecture that a family has no words for, with everything that does not fit."""
+    table = entries(mapping)
+    keyed, fixed = {e.field for e in table}, _fixed(mapping)
+    problems = []
+    for field in fields(ModelConfig):
+        if field.name in keyed or field.name in NOT_HELD or field.default is MISSING:
+            continue
+        wanted = fixed.get(field.name, field.default)
+        if (found := getattr(config, field.name)) != wanted:
+            problems.append(f"{field.name} is {found!r}, this family has {wanted!r}")
+    if config.towers:
+        problems.append(f"it has towers ({', '.join(config.towers)}), this family is a language model alone")
+    problems += _disagreements(config, [e for e in table if e.codec == "rename"])
+    if "rope" in keyed and (config.rope is None or config.rope.percent != 1.0):
+        problems.append(f"rope is {config.rope}, this family turns whole heads")
+    if problems:
+        lines = "".join(f"\n  {p}" for p in problems)
+        raise ConfigError(f"{mapping.name} cannot hold this model:{lines}\nName the right family with --family.")
+
+
+def _disagreements(config: ModelConfig, table: Iterable[Entry]) -> list[str]:
+    """Fields that share a key must have one value."""
+    problems, owner = [], dict[str, str]()
+    for entry in table:
+        first = owner.setdefault(entry.key, entry.field)
+        a, b = getattr(config, first), getattr(config, entry.field)
+        if a != b:
+            problems.append(
+                f"{first} is {a!r} and {entry.field} is {b!r}, this family has one key for both ({entry.key})"
+            )
+    return problems
+
+
+def entries(mapping: Mapping) -> tuple[Entry, ...]:
+    """The [config] table, checked: plain fields first, then those whose codec builds upon them."""
+    if not mapping.config:
+        raise MappingError(
+            f"mapping {mapping.name!r} has no [config]: it is a dialect, not a family of Hugging Face models"
+        )
+    rows = [(k, v) for k, v in mapping.config.items() if k not in TABLES and v is not False]
+    table = [_entry(name, row, mapping) for name, row in rows]
+    return tuple(sorted(table, key=lambda e: e.codec not in ("rename", "read_only")))
+
+
+def _entry(name: str, row: object, mapping: Mapping) -> Entry:
+    where = f"mapping {mapping.name!r}, [config] {name}"
+    if name not in KINDS:
+        raise MappingError(f"{where}: ModelConfig has no such field; it has {', '.join(KINDS)}")
+    given: dict[str, Any] = {"key": row} if isinstance(row, str) else dict(row) if isinstance(row, dict) else {}
+    key, codec = given.pop("key", ""), given.pop("codec", "rename")
+    if codec not in CODECS or not isinstance(key, str) or (codec == "rename" and not key):
+        raise MappingError(
+            f"{where}: expected a key of config.json, or a table with a codec ({', '.join(CODECS)}), found {row!r}"
+        )
+    return Entry(name, KINDS[name], key, codec, _defaults(mapping).get(name, ABSENT), tuple(given.items()))
+
+
+def _defaults(mapping: Mapping) -> Table:
+    given = mapping.config.get("default", {})
+    unknown = set(given) - set(KINDS) if isinstance(given, dict) else {str(given)}
+    if unknown or not isinstance(given, dict):
+        raise MappingError(
+            f"mapping {mapping.name!r}, [config.default]: expected fields of ModelConfig, found {sorted(unknown)}"
+        )
+    return {k: v for k, v in given.items() if not (v is False and KINDS[k] != "bool")}
+
+
+def _fixed(mapping: Mapping) -> dict[str, Any]:
+    """Fields that a family has no key for, only a value."""
+    return {k: v for k, v in _defaults(mapping).items() if mapping.config.get(k, False) is False}

@@ -1,0 +1,1 @@
+"""What plug-in authors test with: contracts, tiny checkpoints, strategies; nothing in the core imports it."""

@@ -1,0 +1,135 @@
+"""Megatron-Core checkpoints, one file per process (`--ckpt-format torch`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ckptconv.checkpoint import Checkpoint, Stored, Target
+from ckptconv.errors import UsageError
+from ckptconv.formats import Request
+from ckptconv.mapping import Mapping
+from ckptconv.mapping_files import chosen
+from ckptconv.megatron import loading, saving
+from ckptconv.megatron.args_write import refuse_inexpressible
+from ckptconv.megatron.extra_state import ExtraState
+from ckptconv.megatron.measure import MCORE
+from ckptconv.megatron.stages import pipeline_args
+from ckptconv.megatron.usage import usage
+from ckptconv.megatron.versions import NEWEST, NEWEST_TE, Core, Version, core_version, show, te_version
+from ckptconv.plan import Plan
+from ckptconv.topology import Topology
+
+TE, LOCAL = "transformer_engine", "local"
+EXPERTS = {"te-grouped": "experts_te", "sequential": "experts_sequential", "grouped": "experts_grouped"}
+
+
+@dataclass(frozen=True, slots=True)
+class McoreLoad:
+    """What the files may not say, or say wrongly."""
+
+    config: Path | None = field(
+        default=None, metadata={"help": "Hugging Face folder or config.json that states what args lack or have wrong"}
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class McoreSave:
+    """Which modules and versions the files are for."""
+
+    transformer_impl: str = field(default=TE, metadata={"help": f"modules the model is built of: {TE} or {LOCAL}"})
+    experts: str | None = field(
+        default=None,
+        metadata={
+            "help": f"form of the experts: {', '.join(EXPERTS)} (default: as the source, te-grouped from other formats)"
+        },
+    )
+    mcore_version: str = field(
+        default=show(NEWEST), metadata={"help": "oldest Megatron-Core that must load the files, 0.9 to 0.16"}
+    )
+    te_version: str = field(
+        default=show(NEWEST_TE),
+        metadata={"help": "TransformerEngine that loads them: decides the kind of _extra_state entries"},
+    )
+    iteration: int | str | None = field(
+        default=None, metadata={"help": "iteration to save as, or release (default: the source's; 1 from Hugging Face)"}
+    )
+
+
+class Mcore:
+    """Megatron-Core GPT models as `iter_XXXXXXX/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt`."""
+
+    name = "mcore"
+    summary = "Megatron-Core, one file per process (--ckpt-format torch)"
+    aliases: tuple[str, ...] = ("core", "megatron-core")
+    Load = McoreLoad
+    Save = McoreSave
+
+    def sniff(self, path: Path) -> bool:
+        return loading.sniff(path, legacy=False)
+
+    def load(self, path: Path, options: McoreLoad, request: Request) -> Stored:
+        mappings = (chosen("mcore", request.mappings), chosen("mcore-local", request.mappings))
+        kind = loading.Kind(self.name, mappings, MCORE, lambda _: frozenset())
+        return loading.load(path, options.config, request, kind)
+
+    def target(self, checkpoint: Checkpoint, topology: Topology, options: McoreSave, request: Request) -> Target:
+        config = checkpoint.config
+        core, te, local = _versions(options)
+        refuse_inexpressible(config, core, legacy=False)
+        pipeline_args(topology, core)
+        experts = _experts(checkpoint, options, core, te, local) if config.experts else "te-grouped"
+        if config.experts and topology.etp != topology.tp and not core.expert_sizes:
+            raise UsageError(
+                f"--etp {topology.etp} with tp {topology.tp}: Megatron-Core {show(core.version)} cuts experts as the rest; 0.10 is newer"
+            )
+        mapping = _without_excess(chosen("mcore-local" if local else "mcore", request.mappings), core)
+        if config.kv_heads < topology.tp and not mapping.excess:
+            raise UsageError(
+                f"tp {topology.tp} is more than the {config.kv_heads} key/value heads: Megatron-Core before 0.16 refuses that; "
+                "choose a smaller --tp or --mcore-version 0.16"
+            )
+        rows = saving.vocab_rows(config, topology, saving.divisor(checkpoint.extras, request))
+        return Target(mapping, frozenset({EXPERTS[experts]}), topology, rows)
+
+    def save(self, stored: Stored, options: McoreSave, request: Request) -> Plan:
+        core, te, local = _versions(options)
+        experts = next(name for name, tag in EXPERTS.items() if tag in stored.variant)
+        extra = ExtraState(core, None if local else te, experts)
+        return saving.save(
+            stored, options.iteration, request, saving.Form(core, local=local, experts=experts, extra=extra)
+        )
+
+    def usage(self, stored: Stored, dst: str) -> str:
+        return usage(stored, dst, legacy=False)
+
+
+def _versions(options: McoreSave) -> tuple[Core, Version, bool]:
+    if options.transformer_impl not in (TE, LOCAL):
+        raise UsageError(f"--saver.transformer-impl {options.transformer_impl}: choose {TE} or {LOCAL}")
+    if options.experts is not None and options.experts not in EXPERTS:
+        raise UsageError(f"--saver.experts {options.experts}: choose one of {', '.join(EXPERTS)}")
+    return Core(core_version(options.mcore_version)), te_version(options.te_version), options.transformer_impl == LOCAL
+
+
+def _experts(checkpoint: Checkpoint, options: McoreSave, core: Core, te: Version, local: bool) -> str:
+    """The form asked for, or the source's, or the usual one; refused where the modules do not exist."""
+    origin = checkpoint.origin
+    source = next((n for n, tag in EXPERTS.items() if origin.format == "mcore" and tag in origin.variant), None)
+    wanted = options.experts or source or "te-grouped"
+    if options.experts is None and wanted == "te-grouped" and (local or te < (1, 9)):
+        return "sequential"
+    if wanted == "te-grouped" and (local or te < (1, 9)):
+        raise UsageError(
+            f"--saver.experts te-grouped needs --saver.transformer-impl {TE} with TransformerEngine 1.9 or newer"
+        )
+    if wanted == "grouped" and not local and te >= (1, 9) and core.version < (0, 11):
+        raise UsageError(
+            f"--saver.experts grouped: Megatron-Core {show(core.version)} takes TEGroupedMLP wherever TransformerEngine has it (1.9); "
+            f"use --saver.transformer-impl {LOCAL}, or 0.11 with --moe-use-legacy-grouped-gemm"
+        )
+    return wanted
+
+
+def _without_excess(mapping: Mapping, core: Core) -> Mapping:
+    return mapping if core.cuts_assembled_qkv else replace(mapping, excess={})

@@ -1,0 +1,88 @@
+"""`_extra_state` entries beside the weights: which modules have one, and what it is for a TransformerEngine version."""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ckptconv.containers.pickled import bytes_io
+from ckptconv.dtypes import UINT8
+from ckptconv.megatron.versions import Core, Version
+from ckptconv.tensor import Fill, Tensor, concat, full
+
+NAME = "_extra_state"
+_LINEAR = re.compile(r"(?:self_attention|mlp(?:\.experts(?:\.local_experts\.\d+)?)?)\.linear_(?:proj|qkv|fc1|fc2)$")
+_EXPERT = re.compile(r"\.local_experts\.\d+\.")
+_NORM = re.compile(r"(?:\.|^)(?:q_layernorm|k_layernorm|pre_mlp_layernorm|final_layernorm)$")
+_LEGACY = re.compile(r"\.(?:query_key_value|dense|dense_h_to_4h|dense_4h_to_h)$")
+_PARAMETER = re.compile(r"\.(?:weight\d*|bias\d*|layer_norm_weight|layer_norm_bias)$")
+_NOTHING = b"\x80\x04N."  # pickle of None
+
+
+@dataclass(frozen=True, slots=True)
+class ExtraState:
+    """The entries of one kind of model. `te` None: Megatron's own modules; `legacy`: models before Megatron-Core."""
+
+    core: Core
+    te: Version | None
+    experts: str = ""
+    legacy: bool = False
+
+    def beside(self, tensors: Mapping[str, Tensor], *, last: bool) -> dict[str, object]:
+        """The tensors of a chunk with the entries where the modules' state_dict has them; `last`: it has the output layer."""
+        out: dict[str, object] = {}
+        ends = {_module(name): name for name in tensors}
+        for name, tensor in tensors.items():
+            out |= self._before(name, out)
+            out[name] = tensor
+            if ends[_module(name)] == name:
+                out |= self._after(_module(name))
+        if last and not self.legacy:
+            out.setdefault(f"output_layer.{NAME}", None)
+        return out
+
+    def _before(self, name: str, out: dict[str, object]) -> dict[str, object]:
+        """The attention core has no weights; its entry stands first in the attention (TransformerEngine 1.6 and newer)."""
+        layer, found, _ = name.partition("self_attention.")
+        if not found or self.te is None or self.te < (1, 6):
+            return {}
+        key = f"{layer}self_attention.core_attention." + ("fused_attention." if self.te < (1, 8) else "") + NAME
+        return {} if key in out else {key: self._value()}
+
+    def _after(self, module: str) -> dict[str, object]:
+        key = f"{module}.{NAME}"
+        if self.legacy:
+            return {key: None} if _LEGACY.search(module) else {}
+        if module == "output_layer":
+            return {key: None}
+        if _LINEAR.search(module):
+            own = self.te is None or (_EXPERT.search(module) and self.core.sequential_experts_are_local(self.te))
+            return {key: None if own else self._value()}
+        if _NORM.search(module) and self.te is not None and self.te >= (1, 13):
+            return {key: Fill((0,), UINT8)}
+        return {}
+
+    def _value(self) -> object:
+        """A module without fp8: torch.save(None) in a BytesIO before 2.0, a pickled None as bytes before 2.4, then nothing."""
+        assert self.te is not None
+        if self.te < (2, 0):
+            return bytes_io(saved_none())
+        if self.te < (2, 4):
+            return concat([full((1,), UINT8, byte) for byte in _NOTHING], 0)
+        return Fill((0,), UINT8)
+
+
+def _module(name: str) -> str:
+    return _PARAMETER.sub("", name)
+
+
+def saved_none() -> bytes:
+    """What torch.save(None) amounts to: a zip file with a pickle of None, always the same bytes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in (("archive/data.pkl", b"\x80\x02N."), ("archive/version", b"3\n")):
+            archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), content)
+    return buffer.getvalue()

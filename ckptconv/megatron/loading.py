@@ -1,0 +1,137 @@
+"""A folder of rank files to a Stored checkpoint: what both Megatron formats do alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from collections.abc import Mapping as Dict
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptconv.checkpoint import Extras, Key, Stored
+from ckptconv.dialect import detect
+from ckptconv.errors import CkptconvError, FormatError
+from ckptconv.formats import Request
+from ckptconv.mapping import Mapping
+from ckptconv.megatron import hf_beside
+from ckptconv.megatron.architecture import Evidence, resolve
+from ckptconv.megatron.args_read import ArgsLayout, layout, model_fields, refuse_unsupported
+from ckptconv.megatron.folders import Iteration, is_distributed, looks_like, open_iteration
+from ckptconv.megatron.grid import Grid, check_processes, make_grid, shared_args
+from ckptconv.megatron.measure import LAYER, Measured, Names, measure
+from ckptconv.megatron.rank_file import RankContent, read_rank
+from ckptconv.tensor import Shape, Tensor
+from ckptconv.topology import Rank, Topology, with_stages
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What tells the two formats apart when reading. `variant` gives what names cannot tell, from the first rank's file."""
+
+    format: str
+    mappings: tuple[Mapping, ...]
+    names: Names
+    variant: Callable[[RankContent], frozenset[str]]
+
+
+def load(path: Path, config: Path | None, request: Request, kind: Kind) -> Stored:
+    """Describe the checkpoint from the headers of its rank files."""
+    iteration = open_iteration(path, request.iteration)
+    contents = [read_rank(file, request.check, kind.mappings[0].rename) for file in iteration.files]
+    args = shared_args(contents, iteration.folder)
+    where = f"{iteration.folder.name} args"
+    if args is not None:
+        refuse_unsupported(args, where)
+    grid = make_grid(
+        contents, layout(args, where) if args is not None else ArgsLayout(), kind.names.embed, iteration.folder
+    )
+    measured = _measure(grid, kind.names)
+    beside = hf_beside.find(config, iteration.hf, request)
+    family = hf_beside.family(request)
+    evidence = Evidence(
+        measured, args, where, beside.config, beside.where, beside.given, family.name if family else None, request.vocab
+    )  # fmt: skip
+    topology = _topology(grid, evidence)
+    architecture, notes = resolve(evidence)
+    topology.check(architecture.layers)
+    check_processes(grid, topology, iteration.folder)
+    ranks, places = _ranks(grid, topology)
+    mapping, variant = detect(kind.mappings, architecture, topology, ranks, kind.variant(contents[0]))
+    extras = Extras(
+        step=_step(iteration, contents), files=beside.files, notes=notes,
+        objects={"args": args or {}, "state": _state(contents, iteration)},
+    )  # fmt: skip
+    return Stored(kind.format, mapping, variant, topology, architecture, ranks, places, extras)
+
+
+def _step(iteration: Iteration, contents: Sequence[RankContent]) -> int | str | None:
+    return iteration.step if iteration.step is not None else contents[0].iteration
+
+
+def _state(contents: Sequence[RankContent], iteration: Iteration) -> list[str]:
+    words = dict.fromkeys(word for content in contents for word in content.state)
+    return [*words, *(f"distributed optimizer ({name})" for name in iteration.optimizer)]
+
+
+def _measure(grid: Grid, names: Names) -> Measured:
+    """Sizes from one rank of every stage; that the other ranks are alike is found when all tensors are accounted for."""
+    stages = [grid.stage(p) for p in range(grid.pp)]
+    layers: list[Dict[str, Shape]] = []
+    for chunk in range(grid.vpp):
+        for content in stages:
+            layers += _by_layer(content.chunks[chunk])
+    first, last = _shapes(stages[0].chunks[0]), _shapes(stages[-1].chunks[-1])
+    measured = measure(first, last, layers, names, grid.tp, grid.ep)
+    if not measured.rows:
+        raise FormatError(stages[0].file.path, f"the first stage has no {names.embed}")
+    return measured
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, Shape]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def _by_layer(tensors: dict[str, Tensor]) -> list[dict[str, Shape]]:
+    """The shapes of each layer of a chunk, under names without the layer."""
+    layers: dict[int, dict[str, Shape]] = {}
+    for name, tensor in tensors.items():
+        if match := LAYER.search(name):
+            layers.setdefault(int(match[1]), {})[name[match.end() :]] = tensor.shape
+    return [layers[i] for i in sorted(layers)]
+
+
+def _topology(grid: Grid, evidence: Evidence) -> Topology:
+    """The layout, with expert-tensor parallelism from how much of an expert a rank holds."""
+    measured, etp = evidence.measured, grid.tp
+    local = measured.local_moe_ffn
+    if local:
+        stated = model_fields(evidence.args, evidence.args_where) if evidence.args is not None else {}
+        said = layout(evidence.args, evidence.args_where).etp if evidence.args is not None else None
+        size = evidence.config.moe_ffn if evidence.config is not None else stated.get("moe_ffn")
+        if isinstance(size, int) and size % local == 0 and grid.tp % (size // local) == 0:
+            etp = size // local
+        elif said is not None:
+            etp = said
+        measured.facts["moe_ffn"] = local * etp
+    return with_stages(Topology(grid.tp, grid.pp, grid.vpp, grid.ep, etp), grid.counts)
+
+
+def _ranks(grid: Grid, topology: Topology) -> tuple[dict[Rank, dict[Key, Tensor]], dict[Rank, str]]:
+    ranks: dict[Rank, dict[Key, Tensor]] = {}
+    places = {}
+    for rank in topology.ranks():
+        content = grid.contents[rank.pp, rank.tp, rank.ep]
+        ranks[rank] = {Key(name): tensor for name, tensor in content.chunks[rank.vpp].items()}
+        places[rank] = content.where(rank.vpp)
+    return ranks, places
+
+
+def sniff(path: Path, *, legacy: bool) -> bool:
+    """Whether these are rank files, and of which of the two formats; the first file's own names decide."""
+    if not path.is_dir() or not looks_like(path):
+        return path.is_dir() and not legacy and is_distributed(path)
+    try:
+        content = read_rank(open_iteration(path).files[0], False, lambda name: name)
+    except CkptconvError:
+        return not legacy  # damaged or distributed: the loader says what is wrong with it
+    names = content.chunks[-1] or content.chunks[0]
+    return legacy == any(name.startswith(("language_model.", "word_embeddings")) for name in names)

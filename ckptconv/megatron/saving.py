@@ -1,0 +1,156 @@
+"""A Stored checkpoint to the files of a Megatron folder: one per process, the tracker file, and Hugging Face files in `hf/`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping as Dict
+from dataclasses import dataclass
+
+from ckptconv.checkpoint import Extras, Stored
+from ckptconv.config import ModelConfig
+from ckptconv.containers import torch_write
+from ckptconv.containers.pickled import Namespace, Ordered
+from ckptconv.dtypes import FP32, UINT8, DType
+from ckptconv.errors import ConfigError, UsageError
+from ckptconv.formats import Request
+from ckptconv.formats.hf_files import CONFIG, is_side_file
+from ckptconv.megatron.args_table import Subject
+from ckptconv.megatron.args_write import notes, write_args
+from ckptconv.megatron.extra_state import ExtraState
+from ckptconv.megatron.folders import FILES, HF, RELEASE, TRACKER, iteration_name, rank_name
+from ckptconv.megatron.versions import Core, show
+from ckptconv.plan import File, Plan, Segment
+from ckptconv.source import Source
+from ckptconv.tensor import contiguous
+from ckptconv.topology import Rank, Topology
+
+DIVISOR = 128  # Megatron's own default of --make-vocab-size-divisible-by
+CHECKPOINT_VERSION = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Which software the files are for, and in which of its forms."""
+
+    core: Core
+    extra: ExtraState
+    local: bool = False
+    experts: str = ""
+    legacy: bool = False
+
+
+def divisor(extras: Extras, request: Request) -> int:
+    """What the vocabulary is padded to a multiple of, per tensor rank."""
+    if request.vocab_divisor is not None:
+        if request.vocab_divisor < 1:
+            raise UsageError(f"--make-vocab-size-divisible-by {request.vocab_divisor}: it must be at least 1")
+        return request.vocab_divisor
+    own = carried(extras).get("make_vocab_size_divisible_by")
+    return own if isinstance(own, int) and not isinstance(own, bool) and own >= 1 else DIVISOR
+
+
+def carried(extras: Extras) -> dict[str, object]:
+    """The args of a Megatron source."""
+    args = extras.objects.get("args")
+    return args if isinstance(args, dict) else {}
+
+
+def vocab_rows(config: ModelConfig, topology: Topology, multiple: int) -> int:
+    """Rows of the embedding as Megatron pads them; left as they are when the true size is not known and they can be cut."""
+    if config.vocab is not None:
+        step = multiple * topology.tp
+        return -(-config.vocab // step) * step
+    if config.vocab_rows % topology.tp:
+        raise ConfigError(
+            f"the embedding's {config.vocab_rows} rows cannot be cut for tp {topology.tp}, and how many of them are real is not known: "
+            "give --vocab-size"
+        )
+    return config.vocab_rows
+
+
+def save(stored: Stored, wanted: int | str | None, request: Request, form: Form) -> Plan:
+    """All files. The tracker is written last: a folder without it is no checkpoint to Megatron."""
+    if slots := sorted({k.slot for tensors in stored.ranks.values() for k in tensors} - {"param"}):
+        raise ConfigError(f"optimizer state ({', '.join(slots)}) cannot be written yet: --optimizer drop leaves it out")
+    step = _step(wanted, stored.extras.step)
+    subject = Subject(
+        stored.config, stored.topology, form.core, _dtype(stored), divisor(stored.extras, request), form.local, form.legacy,
+        form.experts, carried(stored.extras),
+    )  # fmt: skip
+    args = write_args(subject)
+    files = [_rank_file(stored, process, args, step, form) for process in stored.topology.processes()]
+    files += [
+        _copy(name, source)
+        for name, source in sorted(stored.extras.files.items())
+        if is_side_file(name) or name == CONFIG
+    ]
+    text = str(step).encode()
+    files.append(File(TRACKER, len(text), (Segment(0, text),), final=True))
+    about: dict[str, object] = {
+        "iteration": step,
+        "mcore_version": show(form.core.version),
+        "format_notes": list(notes(stored.config, form.core, legacy=form.legacy)),
+    }
+    return Plan(tuple(files), about=about)
+
+
+def _step(wanted: int | str | None, source: int | str | None) -> int | str:
+    step = wanted if wanted is not None else source if source is not None else 1
+    if step == RELEASE:
+        return RELEASE
+    if not re.fullmatch(r"\d{1,12}", str(step)):
+        raise UsageError(f"--saver.iteration {step}: give a number, or the word {RELEASE}")
+    return int(step)
+
+
+def _dtype(stored: Stored) -> DType:
+    """The dtype the model is said to be in: that of most bytes."""
+    total: dict[DType, int] = {}
+    for tensors in stored.ranks.values():
+        for tensor in tensors.values():
+            if tensor.dtype.is_float:
+                total[tensor.dtype] = total.get(tensor.dtype, 0) + tensor.nbytes
+    return max(total, key=lambda d: total[d]) if total else FP32
+
+
+def _rank_file(stored: Stored, process: tuple[int, int, int], args: Namespace, step: int | str, form: Form) -> File:
+    """One process: its args, and its chunks with the entries that the modules' state_dict has beside weights."""
+    topology = stored.topology
+    pp, tp, ep = process
+    saved: dict[object, object] = {
+        "args": args,
+        "checkpoint_version": CHECKPOINT_VERSION,
+        "iteration": 0 if step == RELEASE else step,
+    }
+    for vpp in range(topology.vpp):
+        rank = Rank(pp, tp, ep, vpp, tp % topology.etp)
+        last = "head" in topology.stage(rank).roles
+        tensors = {key.name: tensor for key, tensor in stored.ranks[rank].items()}
+        flat = form.extra.beside(tensors, last=last)
+        saved["model" if topology.vpp == 1 else f"model{vpp}"] = nested(flat) if form.legacy else Ordered(flat)
+    name = rank_name(tp, pp if topology.pp > 1 else None, ep if topology.ep > 1 else None)
+    return torch_write.layout(f"{iteration_name(step)}/{name}/{FILES[0]}", saved)
+
+
+def nested(flat: Dict[str, object]) -> dict[object, object]:
+    """Dotted names as the dictionaries of legacy models: everything of the encoder is one flat dictionary."""
+    model: dict[object, object] = {}
+    for name, value in flat.items():
+        table = model
+        *path, leaf = _split(name)
+        for part in path:
+            below = table.setdefault(part, {})
+            assert isinstance(below, dict)
+            table = below
+        table[leaf] = value
+    return model
+
+
+def _split(name: str) -> list[str]:
+    head, found, rest = name.partition("language_model.encoder.")
+    return ["language_model", "encoder", rest] if found and not head else name.split(".")
+
+
+def _copy(name: str, source: Source) -> File:
+    body = contiguous(source, (source.nbytes,), UINT8)
+    return File(f"{HF}/{name}", source.nbytes, (Segment(0, body, name),) if source.nbytes else ())

@@ -1,0 +1,102 @@
+"""The flags with which Megatron-LM loads a checkpoint we wrote: all that it does not copy from the files, and the layout."""
+
+from __future__ import annotations
+
+from ckptconv.checkpoint import Stored
+from ckptconv.megatron.args_table import layer_freq, whole
+from ckptconv.megatron.args_write import notes
+from ckptconv.megatron.stages import pipeline_args
+from ckptconv.megatron.versions import NEWEST, Core
+
+PIPELINE_FLAGS = {
+    "num_layers_per_virtual_pipeline_stage": "--num-layers-per-virtual-pipeline-stage",
+    "num_virtual_stages_per_pipeline_rank": "--num-virtual-stages-per-pipeline-rank",
+    "decoder_first_pipeline_num_layers": "--decoder-first-pipeline-num-layers",
+    "decoder_last_pipeline_num_layers": "--decoder-last-pipeline-num-layers",
+    "account_for_embedding_in_pipeline_split": "--account-for-embedding-in-pipeline-split",
+    "account_for_loss_in_pipeline_split": "--account-for-loss-in-pipeline-split",
+    "pipeline_model_parallel_layout": "--pipeline-model-parallel-layout",
+}
+
+
+def usage(stored: Stored, dst: str, *, legacy: bool) -> str:
+    """Lines to put on a Megatron-LM command line."""
+    flags = [*_files(stored, dst, legacy=legacy), *_layout(stored), *_model(stored), *_experts(stored)]
+    lines = [f"Megatron-LM flags ({'pretrain_gpt.py --use-legacy-models' if legacy else 'pretrain_gpt.py'}):"]
+    lines += [f"  {flag}" for flag in flags]
+    lines += [f"note: {note}" for note in notes(stored.config, Core(NEWEST), legacy=legacy)]
+    return "\n".join(lines)
+
+
+def _files(stored: Stored, dst: str, *, legacy: bool) -> list[str]:
+    impl = "local" if legacy or stored.mapping.name == "mcore-local" else "transformer_engine"
+    flags = [f"--load {dst} --ckpt-format torch --no-load-optim --no-load-rng", f"--transformer-impl {impl}"]
+    if legacy:
+        flags.append("--use-legacy-models")
+    dtype = stored.config.dtype
+    if dtype is not None and dtype.name in ("bf16", "fp16"):
+        flags.append(f"--{dtype.name}")
+    if "tokenizer_config.json" in stored.extras.files:
+        flags.append(f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {dst}/hf")
+    return flags
+
+
+def _layout(stored: Stored) -> list[str]:
+    topology = stored.topology
+    flags = [f"--tensor-model-parallel-size {topology.tp} --pipeline-model-parallel-size {topology.pp}"]
+    if stored.config.experts:
+        flags.append(f"--expert-model-parallel-size {topology.ep} --expert-tensor-parallel-size {topology.etp}")
+    for name, value in pipeline_args(topology, Core(NEWEST)).items():
+        if value is True:
+            flags.append(PIPELINE_FLAGS[name])
+        elif value not in (None, False):
+            flags.append(
+                f"{PIPELINE_FLAGS[name]} '{value}'" if isinstance(value, str) else f"{PIPELINE_FLAGS[name]} {value}"
+            )
+    return flags
+
+
+def _model(stored: Stored) -> list[str]:
+    config = stored.config
+    flags = [
+        f"--num-layers {config.layers} --hidden-size {config.hidden} --ffn-hidden-size {config.ffn or config.moe_ffn}",
+        f"--num-attention-heads {config.heads} --kv-channels {config.head_dim}",
+        f"--group-query-attention --num-query-groups {config.kv_heads}",
+        f"--max-position-embeddings {config.max_positions} --seq-length {config.max_positions}",
+        f"--normalization {'LayerNorm' if config.norm == 'layernorm' else 'RMSNorm'} --norm-epsilon {config.norm_eps}",
+    ]
+    if config.rope:
+        flags.append(
+            f"--position-embedding-type rope --rotary-base {whole(config.rope.base)} --rotary-percent {config.rope.percent}"
+        )
+        scaling = config.rope.scaling or {}
+        kind = scaling.get("rope_type", scaling.get("type"))
+        flags += [f"--use-rope-scaling --rope-scaling-factor {scaling.get('factor')}"] if kind == "llama3" else []
+        flags += [f"--rotary-seq-len-interpolation-factor {whole(scaling.get('factor'))}"] if kind == "linear" else []
+    switches = {
+        "--swiglu": config.glu and config.activation == "silu",
+        "--squared-relu": not config.glu and config.activation == "relu2",
+        "--disable-bias-linear": not (config.out_bias and config.mlp_bias),
+        "--add-qkv-bias": config.qkv_bias and not config.out_bias,
+        "--qk-layernorm": config.qk_norm,
+        "--untie-embeddings-and-output-weights": not config.tied,
+    }
+    flags.append(" ".join(flag for flag, on in switches.items() if on))
+    flags += [f"--window-size {config.sliding_window - 1},0"] if config.sliding_window else []
+    return [*flags, "--attention-dropout 0 --hidden-dropout 0"]
+
+
+def _experts(stored: Stored) -> list[str]:
+    config = stored.config
+    if not config.experts:
+        return []
+    flags = [
+        f"--num-experts {config.experts} --moe-ffn-hidden-size {config.moe_ffn} --moe-router-topk {config.router_topk}"
+    ]
+    freq = layer_freq(config)
+    flags += [f"--moe-layer-freq '{freq}'"] if freq != 1 else []
+    if "experts_te" in stored.variant:
+        flags.append("--moe-grouped-gemm")
+    elif "experts_grouped" in stored.variant:
+        flags.append("--moe-grouped-gemm --moe-use-legacy-grouped-gemm")
+    return flags

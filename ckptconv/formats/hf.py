@@ -1,0 +1,294 @@
+"""Hugging Face folders: safetensors read and written, single or in shards; .bin read; config.json kept as it is."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from collections.abc import Mapping as Dict
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ckptconv.checkpoint import Checkpoint, Extras, Key, Stored, Target
+from ckptconv.config import ModelConfig
+from ckptconv.config_codecs import Table
+from ckptconv.containers import json_file, safetensors
+from ckptconv.dialect import detect
+from ckptconv.dtypes import UINT8
+from ckptconv.errors import CkptconvError, ConfigError, TopologyError, UsageError
+from ckptconv.family_config import check_fits, config_text, family_of, read_config, write_config
+from ckptconv.formats import Request
+from ckptconv.formats.hf_files import (
+    CONFIG,
+    INDEX,
+    folder_of,
+    has_weights,
+    inside,
+    is_side_file,
+    left_behind,
+    read_weights,
+    side_files,
+)
+from ckptconv.mapping import Mapping
+from ckptconv.mapping_files import chosen, families, family_names
+from ckptconv.plan import File, Plan, Segment
+from ckptconv.source import Source, whole
+from ckptconv.tensor import Tensor, contiguous
+from ckptconv.topology import Rank, Topology, even
+
+UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
+UNTRUSTED = (
+    "rope_theta (converters of Megatron-LM save 10000 for every model)",
+    "rope_scaling",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "sliding_window",
+    "bos_token_id, eos_token_id, pad_token_id",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class HfLoad:
+    config: Path | None = field(
+        default=None,
+        metadata={"help": "folder or config.json that states the architecture, instead of the checkpoint's own"},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class HfSave:
+    max_shard_size: str = field(
+        default="5GB", metadata={"help": "largest weight file, as transformers counts it (KB, MB, GB, TB)"}
+    )
+    template: Path | None = field(
+        default=None, metadata={"help": "Hugging Face folder whose config.json and tokenizer to start from"}
+    )
+    config_from_args: bool = field(
+        default=False,
+        metadata={"help": "make config.json from the checkpoint's arguments (needs --family): not all can be trusted"},
+    )
+
+
+class Hf:
+    """Folders that transformers loads with from_pretrained."""
+
+    name = "hf"
+    summary = "Hugging Face: safetensors or pytorch_model.bin, with config.json"
+    aliases: tuple[str, ...] = ("huggingface", "transformers", "llama_mistral")
+    Load = HfLoad
+    Save = HfSave
+
+    def sniff(self, path: Path) -> bool:
+        if not path.is_dir():
+            return False
+        try:
+            return has_weights(path) or "model_type" in json_file.read(path / CONFIG)
+        except CkptconvError:
+            return False
+
+    def load(self, path: Path, options: HfLoad, request: Request) -> Stored:
+        folder = folder_of(path)
+        config_file = _config_file(folder, options.config)
+        raw = json_file.read(config_file)
+        family = family_named(request) or family_of(raw, [*families(), *request.mappings], str(config_file))
+        mapping = chosen(family.name, request.mappings)
+        config = replace(read_config(raw, str(config_file), mapping), family=family.name)
+        weights = read_weights(folder, request.check)
+        if config.layers > len(weights.tensors):
+            found = len(weights.tensors)
+            raise ConfigError(f"{config_file}: {config.layers} layers, but {folder} holds only {found} tensors")
+        config = _with_rows(config, weights.tensors, mapping, request, str(config_file))
+        topology = even(config.layers)
+        ranks = {Rank(): {Key(name): tensor for name, tensor in weights.tensors.items()}}
+        mapping, variant = detect([mapping], config, topology, ranks)
+        files = side_files(folder)
+        behind = left_behind(folder, [*weights.files, *files])
+        notes = (f"left behind in the source: {', '.join(behind)}",) if behind else ()
+        extras = Extras(files={**files, CONFIG: whole(str(config_file))}, notes=notes)
+        return Stored(self.name, mapping, variant, topology, config, ranks, {Rank(): str(path)}, extras)
+
+    def target(self, checkpoint: Checkpoint, topology: Topology, options: HfSave, request: Request) -> Target:
+        config = checkpoint.config
+        parse_size(options.max_shard_size)
+        if any(topology.degree(d) != 1 for d in ("tp", "pp", "vpp", "ep", "etp")):
+            raise TopologyError("Hugging Face files hold whole tensors: no --tp, --pp, --vpp, --ep or --etp for them")
+        if slots := sorted({k.slot for k in checkpoint.tensors} - {"param"}):
+            state = ", ".join(slots)
+            raise ConfigError(f"Hugging Face files have no place for {state}; --optimizer drop leaves it out")
+        family = family_named(request)
+        mapping = chosen(family.name if family else config.family, request.mappings)
+        check_fits(config, mapping)
+        rows = request.vocab or config.vocab
+        if rows is None:
+            raise ConfigError(
+                f"how many of the embedding's {config.vocab_rows} rows are real is not known: give --vocab-size"
+            )
+        origin = checkpoint.origin.variant if checkpoint.origin.format == self.name else frozenset[str]()
+        variant = frozenset(next((t for t in group if t in origin), group[0]) for group in mapping.variants)
+        return Target(mapping, variant, even(config.layers), rows)
+
+    def save(self, stored: Stored, options: HfSave, request: Request) -> Plan:
+        start = _start(stored, options, request)
+        table, changes = write_config(stored.config, start.base, stored.mapping)
+        text = start.text if start.text is not None and not changes else config_text(table)
+        (tensors,) = stored.ranks.values()
+        files = weight_files({k.name: t for k, t in tensors.items()}, parse_size(options.max_shard_size))
+        files += [_copy(name, source) for name, source in sorted(start.files.items())]
+        files.append(_final(CONFIG, text))
+        about: dict[str, object] = {"config_changes": changes, "config_untrusted": list(start.untrusted)}
+        return Plan(tuple(files), about=about)
+
+    def usage(self, stored: Stored, dst: str) -> str:
+        names = {name for name in stored.extras.files if name.startswith(("tokenizer", "vocab", "spiece"))}
+        lines = [
+            f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if names else ''}",
+            f'model = AutoModelForCausalLM.from_pretrained({dst!r}, torch_dtype="auto")  # from 5 on: dtype="auto"',
+        ]
+        if names:
+            lines.append(f"tokenizer = AutoTokenizer.from_pretrained({dst!r})")
+        return "\n".join(lines)
+
+
+def family_named(request: Request) -> Mapping | None:
+    """The family that --family names, with or without its prefix."""
+    if request.family is None:
+        return None
+    known = [*family_names(), *(m.name for m in request.mappings)]
+    for name in (request.family, f"hf-{request.family}"):
+        if name in known:
+            return chosen(name, [m for m in request.mappings if m.name == name])
+    raise UsageError(f"--family {request.family}: no such family; known: {', '.join(known)}")
+
+
+def _config_file(folder: Path, given: Path | None) -> Path:
+    """config.json of the checkpoint, or the one the user points to."""
+    if given is None:
+        if not (folder / CONFIG).exists():
+            raise ConfigError(
+                f"{folder}: no {CONFIG}, so the architecture is not known; give --loader.config FOLDER|FILE"
+            )
+        return inside(folder, CONFIG)
+    path = given / CONFIG if given.is_dir() else given
+    if not path.is_file():
+        raise UsageError(f"--loader.config {given}: there is no {CONFIG}")
+    return path
+
+
+def _with_rows(
+    config: ModelConfig, tensors: Dict[str, Tensor], mapping: Mapping, request: Request, where: str
+) -> ModelConfig:
+    """The vocabulary held against the rows the embedding has: transformers wants them equal."""
+    stored = [r.stored for r in mapping.rules if any(a.expr == "embed.weight" and not a.copy for a in r.alternatives)]
+    tensor = next((tensors[name] for name in stored if name in tensors), None)
+    rows = tensor.shape[0] if tensor is not None and tensor.shape else config.vocab_rows
+    if request.vocab is not None:
+        if request.vocab > rows:
+            raise ConfigError(f"--vocab-size {request.vocab}: the embedding has only {rows} rows")
+        return replace(config, vocab=request.vocab, vocab_rows=rows)
+    if rows != config.vocab_rows:
+        raise ConfigError(
+            f"{where}: vocab_size is {config.vocab_rows}, but the embedding ({stored[0]}) has {rows} rows; "
+            "if the rest is padding, say how many are real with --vocab-size"
+        )
+    return config
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What a new folder starts from: the config.json to change as little as possible, and the files beside it."""
+
+    base: Table | None
+    text: bytes | None
+    files: Dict[str, Source]
+    untrusted: tuple[str, ...] = ()
+
+
+def _start(stored: Stored, options: HfSave, request: Request) -> _Start:
+    """The template if one is given, else the source's own config.json, else nothing but the checkpoint's arguments."""
+    files = {name: source for name, source in stored.extras.files.items() if is_side_file(name)}
+    if options.template is not None:
+        path = _config_file(folder_of(options.template), None)
+        text = json_file.read_bytes(path)
+        files = {**side_files(options.template), **files}
+        return _Start(_checked(json_file.parse(text, str(path)), str(path), stored, request), text, files)
+    if (source := stored.extras.files.get(CONFIG)) is not None:
+        text = json_file.read_bytes(source)
+        return _Start(_checked(json_file.parse(text, source.path), source.path, stored, request), text, files)
+    beside = stored.extras.objects.get("hf_config")
+    if isinstance(beside, dict):
+        return _Start(_checked(beside, "the hf/ folder of the source", stored, request), None, files)
+    if options.config_from_args and request.family is not None:
+        return _Start(None, None, files, UNTRUSTED)
+    raise ConfigError(
+        "the source says nothing of a Hugging Face config.json: give --saver.template FOLDER (a Hugging Face folder of "
+        "the same model), or --saver.config-from-args with --family NAME to make one from the checkpoint's arguments, "
+        f"which do not tell these for certain: {'; '.join(UNTRUSTED)}"
+    )
+
+
+def _checked(base: Table, where: str, stored: Stored, request: Request) -> Table:
+    """A config.json of another family would describe another model."""
+    own = stored.mapping.match.get("model_type")
+    if request.family is None and base.get("model_type") not in (own if isinstance(own, list) else [own]):
+        raise ConfigError(
+            f"{where}: model_type is {base.get('model_type')!r}, but the checkpoint is {stored.config.family} "
+            f"({own!r}); give a config.json of the same family, or say the family with --family"
+        )
+    return base
+
+
+def parse_size(text: str) -> int:
+    """A size such as 5GB in bytes (GB = 10⁹), as huggingface_hub reads it."""
+    number, unit = text.strip()[:-2], text.strip()[-2:].upper()
+    try:
+        size = int(float(number) * UNITS[unit])
+    except (KeyError, ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise UsageError(f"--saver.max-shard-size {text}: expected a number and one of {', '.join(UNITS)}, such as 5GB")
+    return size
+
+
+def split(tensors: Dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    """Shards as huggingface_hub makes them: in order, greedily; a tensor above the limit has its own shard at once."""
+    shards: list[dict[str, Tensor]] = []
+    current: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        if tensor.nbytes > limit:
+            shards.append({name: tensor})
+            continue
+        if size + tensor.nbytes > limit:
+            shards.append(current)
+            current, size = {}, 0
+        current[name] = tensor
+        size += tensor.nbytes
+    return shards + ([current] if current else [])
+
+
+def weight_files(tensors: Dict[str, Tensor], limit: int) -> list[File]:
+    """The weight files, and their index if there are several."""
+    shards = split(tensors, limit)
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    files = [safetensors.layout(name, shard, {"format": "pt"}) for name, shard in zip(names, shards, strict=True)]
+    if len(shards) == 1:
+        return files
+    index = {
+        "metadata": {
+            "total_parameters": sum(math.prod(t.shape) for t in tensors.values()),
+            "total_size": sum(t.nbytes for t in tensors.values()),
+        },
+        "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
+    }
+    return [*files, _final(INDEX, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())]
+
+
+def _final(path: str, text: bytes) -> File:
+    return File(path, len(text), (Segment(0, text),), final=True)
+
+
+def _copy(name: str, source: Source) -> File:
+    body: Iterable[Segment] = [Segment(0, contiguous(source, (source.nbytes,), UINT8), name)] if source.nbytes else []
+    return File(name, source.nbytes, tuple(body))

@@ -132,7 +132,8 @@ class OrHiddenPerHead(Rename):
         if value is not None:
             return value
         hidden, heads = known["hidden"], known["heads"]
-        assert isinstance(hidden, int) and isinstance(heads, int)
+        assert isinstance(hidden, int)
+        assert isinstance(heads, int)
         if heads < 1 or hidden % heads:
             raise ConfigError(
                 f"{section.where}: {entry.key} is not given, and hidden size {hidden} is no multiple of {heads} heads"
@@ -238,10 +239,8 @@ class RopeCodec:
 
     def _number(self, section: Section, table: Table, key: str) -> float | None:
         """A number that may stand inside the table or beside it; where it is twice it must be the same."""
-        found = []
-        for place in (Section(table, section.where), section):
-            if place.get(key) is not ABSENT:
-                found.append(float(str(place.typed(key, "float"))))
+        places = [s for s in (Section(table, section.where), section) if s.get(key) is not ABSENT]
+        found = [float(str(place.typed(key, "float"))) for place in places]
         if len(set(found)) > 1:
             raise ConfigError(f"{section.where}: {key} is {found[0]} inside the rope table and {found[1]} beside it")
         return found[0] if found else None

@@ -32,6 +32,7 @@ from ckptconv.tensor import Fill  # noqa: E402
 from ckptconv.topology import Rank, Topology, even  # noqa: E402
 
 HF = Hf()
+INDEX = "model.safetensors.index.json"
 SMALL = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "vocab_size": 61, "max_position_embeddings": 64, "dtype": "float32",
@@ -105,7 +106,7 @@ def write(plan: Plan, folder: Path) -> Path:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_round_trip_gives_the_files_of_transformers(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    stored, plan = resave(load(folders[name]))
+    _stored, plan = resave(load(folders[name]))
     out = write(plan, tmp_path / "out")
     wanted = {p.name: p.read_bytes() for p in folders[name].iterdir()}
     assert {p.name: p.read_bytes() for p in out.iterdir()} == wanted
@@ -131,7 +132,7 @@ def test_experts_are_written_apart_for_other_sources(folders: dict[str, Path]) -
 @pytest.mark.parametrize("name", ["Llama", "Llama-tied", "Mixtral"])
 def test_shards_are_read_by_transformers(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     out = write(resave(load(folders[name]), HfSave(max_shard_size="20KB"))[1], tmp_path / "out")
-    index = json.loads((out / "model.safetensors.index.json").read_text())
+    index = json.loads((out / INDEX).read_text())
     kind = getattr(transformers, f"{name.partition('-')[0]}ForCausalLM")
     model, report = kind.from_pretrained(out, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -146,15 +147,15 @@ def test_shards_are_read_by_transformers(name: str, folders: dict[str, Path], tm
 
 
 def test_index_is_spelled_as_transformers_does(folders: dict[str, Path]) -> None:
-    wanted = (folders["sharded"] / "model.safetensors.index.json").read_bytes()
+    wanted = (folders["sharded"] / INDEX).read_bytes()
     table = json.loads(wanted)
     tensors = {key.name: t for key, t in load(folders["sharded"]).ranks[Rank()].items()}
     model = transformers.LlamaForCausalLM.from_pretrained(folders["sharded"])
     ordered = {name: tensors[name] for name in model.state_dict()}
     files = {f.path: f for f in weight_files(ordered, 30_000)}
-    assert files["model.safetensors.index.json"].segments[0].body == wanted
-    assert files.keys() - {"model.safetensors.index.json"} == set(table["weight_map"].values())
-    assert [f.path for f in files.values() if f.final] == ["model.safetensors.index.json"]
+    assert files[INDEX].segments[0].body == wanted
+    assert files.keys() - {INDEX} == set(table["weight_map"].values())
+    assert [f.path for f in files.values() if f.final] == [INDEX]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -241,7 +242,8 @@ def test_only_the_set_that_counts_is_read(copy: Callable[[str], Path]) -> None:
     assert set(stored.extras.files) == {"config.json", "generation_config.json", "tokenizer.json", "modeling_x.py"}
     (note,) = stored.extras.notes
     assert all(name in note for name in [*others, "pytorch_model.bin", "model.safetensors", "original/"])
-    assert ".gitattributes" not in note and "model-00001" not in note
+    assert ".gitattributes" not in note
+    assert "model-00001" not in note
 
 
 def test_side_files_travel_along_and_the_rest_does_not(copy: Callable[[str], Path], tmp_path: Path) -> None:
@@ -297,11 +299,11 @@ def test_cache_snapshot_may_not_leave_its_repository(folders: dict[str, Path], t
 def test_config_may_come_from_elsewhere(copy: Callable[[str], Path], folders: dict[str, Path]) -> None:
     (source := copy("Llama")).joinpath("config.json").unlink()
     assert HF.sniff(source)
-    with pytest.raises(ConfigError, match="--loader.config"):
+    with pytest.raises(ConfigError, match=r"--loader.config"):
         load(source)
     for given in (folders["Llama"], folders["Llama"] / "config.json"):
         assert load(source, config=given).config == load(folders["Llama"]).config
-    with pytest.raises(UsageError, match="--loader.config"):
+    with pytest.raises(UsageError, match=r"--loader.config"):
         load(source, config=source)
 
 
@@ -321,7 +323,7 @@ def test_family_may_be_said(copy: Callable[[str], Path]) -> None:
 def test_vocabulary_may_be_said(copy: Callable[[str], Path], tmp_path: Path) -> None:
     source = copy("Llama")
     change(source, "config.json", vocab_size=50)
-    with pytest.raises(ConfigError, match="vocab_size is 50.*61 rows.*--vocab-size"):
+    with pytest.raises(ConfigError, match=r"vocab_size is 50.*61 rows.*--vocab-size"):
         load(source)
     config = load(source, Request(vocab=50)).config
     assert (config.vocab, config.vocab_rows) == (50, 61)
@@ -346,7 +348,8 @@ def test_config_of_the_result_comes_from_where_there_is_one(folders: dict[str, P
         plan = resave(stored, options, request)[1]
         (file,) = [f for f in plan.files if f.path == "config.json"]
         body = file.segments[0].body
-        assert file.final and isinstance(body, bytes)
+        assert file.final
+        assert isinstance(body, bytes)
         return body
 
     assert config_of(elsewhere(source, hf_config=json.loads(wanted))) == wanted
@@ -364,11 +367,12 @@ def test_config_of_the_result_comes_from_where_there_is_one(folders: dict[str, P
 def test_untrusted_fields_are_named(folders: dict[str, Path]) -> None:
     plan = resave(elsewhere(load(folders["Llama"])), HfSave(config_from_args=True), Request(family="llama"))[1]
     untrusted = plan.about["config_untrusted"]
-    assert isinstance(untrusted, list) and any("rope_theta" in line for line in untrusted)
+    assert isinstance(untrusted, list)
+    assert any("rope_theta" in line for line in untrusted)
 
 
 def test_template_of_another_family_is_refused(folders: dict[str, Path]) -> None:
-    with pytest.raises(ConfigError, match="'mistral'.*hf-llama"):
+    with pytest.raises(ConfigError, match=r"'mistral'.*hf-llama"):
         resave(load(folders["Llama"]), HfSave(template=folders["Mistral"]))
 
 
@@ -402,15 +406,16 @@ def test_unknown_vocabulary_is_asked_for(folders: dict[str, Path]) -> None:
 
 def test_usage_says_how_to_load(folders: dict[str, Path]) -> None:
     text = HF.usage(load(folders["Llama"]), "out/folder")
-    assert "AutoModelForCausalLM.from_pretrained('out/folder'" in text and "AutoTokenizer" not in text
+    assert "AutoModelForCausalLM.from_pretrained('out/folder'" in text
+    assert "AutoTokenizer" not in text
 
 
 def test_sniff_knows_what_is_ours(folders: dict[str, Path], tmp_path: Path) -> None:
     assert all(HF.sniff(folder) for folder in folders.values())
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
-    assert (
-        not HF.sniff(tmp_path) and not HF.sniff(tmp_path / "absent") and not HF.sniff(folders["Llama"] / "config.json")
-    )
+    assert not HF.sniff(tmp_path)
+    assert not HF.sniff(tmp_path / "absent")
+    assert not HF.sniff(folders["Llama"] / "config.json")
     (tmp_path / "config.json").write_text("{")
     assert not HF.sniff(tmp_path)
 
@@ -430,7 +435,7 @@ def test_loading_reads_no_tensor(folders: dict[str, Path], tmp_path: Path) -> No
 
 
 def repoint(folder: Path, target: object) -> None:
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     table = json.loads(index.read_text())
     table["weight_map"]["lm_head.weight"] = target
     index.write_text(json.dumps(table))
@@ -438,7 +443,7 @@ def repoint(folder: Path, target: object) -> None:
 
 def edit_index(edit: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
     def act(folder: Path) -> None:
-        index = folder / "model.safetensors.index.json"
+        index = folder / INDEX
         table = json.loads(index.read_text())
         edit(table)
         index.write_text(json.dumps(table))
@@ -459,6 +464,11 @@ SHARD = "model-00001-of-00003.safetensors"
 OUTSIDE = "outside.safetensors"
 
 
+def instead(folder: Path, name: str, put: Callable[[Path], object]) -> None:
+    (folder / name).unlink()
+    put(folder / name)
+
+
 def link_out(folder: Path, name: str = SHARD, absolute: bool = True) -> None:
     target = folder.parent / OUTSIDE
     (folder / name).replace(target)
@@ -471,7 +481,7 @@ def truncate(folder: Path, keep: float) -> None:
 
 def double_entry(folder: Path) -> None:
     """One tensor, two shards: JSON readers that do not look take the last."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     index.write_text(index.read_text().replace('"weight_map": {', '"weight_map": {"lm_head.weight": "x.safetensors",'))
 
 
@@ -494,15 +504,15 @@ HOSTILE: dict[str, Damage] = {
     "name is the config": (lambda f: repoint(f, "config.json"), FormatError, ".safetensors"),
     "shard links outside": (link_out, FormatError, "leaves the folder"),
     "shard links outside relatively": (lambda f: link_out(f, absolute=False), FormatError, "leaves the folder"),
-    "index links outside": (lambda f: link_out(f, "model.safetensors.index.json"), FormatError, "leaves the folder"),
+    "index links outside": (lambda f: link_out(f, INDEX), FormatError, "leaves the folder"),
     "config links outside": (lambda f: link_out(f, "config.json"), FormatError, "leaves the folder"),
     "side file links outside": (lambda f: (f / "tokenizer.json").symlink_to("/etc/passwd"), FormatError, "tokenizer.json"),
-    "shard links to itself": (lambda f: ((f / SHARD).unlink(), (f / SHARD).symlink_to(SHARD)), FormatError, SHARD),
-    "shard links to nothing": (lambda f: ((f / SHARD).unlink(), (f / SHARD).symlink_to("gone")), FormatError, SHARD),
-    "shard is a folder": (lambda f: ((f / SHARD).unlink(), (f / SHARD).mkdir()), FormatError, SHARD),
-    "shard is a pipe": (lambda f: ((f / SHARD).unlink(), os.mkfifo(f / SHARD)), FormatError, SHARD),
+    "shard links to itself": (lambda f: instead(f, SHARD, lambda p: p.symlink_to(SHARD)), FormatError, SHARD),
+    "shard links to nothing": (lambda f: instead(f, SHARD, lambda p: p.symlink_to("gone")), FormatError, SHARD),
+    "shard is a folder": (lambda f: instead(f, SHARD, Path.mkdir), FormatError, SHARD),
+    "shard is a pipe": (lambda f: instead(f, SHARD, os.mkfifo), FormatError, SHARD),
     "side file is a pipe": (lambda f: os.mkfifo(f / "tokenizer.json"), FormatError, "tokenizer.json"),
-    "config is a pipe": (lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")), FormatError, "config.json"),
+    "config is a pipe": (lambda f: instead(f, "config.json", os.mkfifo), FormatError, "config.json"),
     "shard is missing": (lambda f: (f / SHARD).unlink(), CoverageError, SHARD),
     "shard is empty": (lambda f: truncate(f, 0), FormatError, SHARD),
     "shard has half a header": (lambda f: truncate(f, 0.01), FormatError, SHARD),
@@ -520,14 +530,14 @@ HOSTILE: dict[str, Damage] = {
     "index has no map": (edit_index(lambda t: t.pop("weight_map")), FormatError, "weight_map"),
     "index has an empty map": (edit_index(lambda t: t.update(weight_map={})), FormatError, "weight_map"),
     "index map is a list": (edit_index(lambda t: t.update(weight_map=[1])), FormatError, "weight_map"),
-    "index is not JSON": (lambda f: (f / "model.safetensors.index.json").write_text("{"), FormatError, "index.json"),
+    "index is not JSON": (lambda f: (f / INDEX).write_text("{"), FormatError, "index.json"),
     "index names a tensor twice": (lambda f: double_entry(f), FormatError, "twice"),
-    "index is gone": (lambda f: (f / "model.safetensors.index.json").unlink(), FormatError, SHARD),
+    "index is gone": (lambda f: (f / INDEX).unlink(), FormatError, SHARD),
     "index links to nothing": (
-        lambda f: ((f / "model.safetensors.index.json").unlink(), (f / "model.safetensors.index.json").symlink_to("gone")),
+        lambda f: instead(f, INDEX, lambda p: p.symlink_to("gone")),
         FormatError, "index.json"
     ),
-    "no weights": (lambda f: [p.unlink() for p in f.glob("model*")], FormatError, "no weights"),
+    "no weights": (lambda f: list(map(Path.unlink, f.glob("model*"))), FormatError, "no weights"),
     "tensor of another shape": (
         edit_shard(lambda s: s.update({"model.embed_tokens.weight": torch.zeros(61, 31)})), CoverageError, "(61, 31)"
     ),
@@ -558,7 +568,8 @@ def test_damage_is_refused_by_name(damage: str, copy: Callable[[str], Path]) -> 
     act(source)
     with pytest.raises(CkptconvError) as info:
         canonicalize(load(source))
-    assert isinstance(info.value, kind) and named in str(info.value), str(info.value)
+    assert isinstance(info.value, kind)
+    assert named in str(info.value)
 
 
 def test_tied_by_mistake_leaves_two_tensors_to_compare(copy: Callable[[str], Path]) -> None:
@@ -590,6 +601,7 @@ def test_bin_of_anything_but_tensors_is_refused(
     (source / "model.safetensors").unlink()
     torch.save(state, source / "pytorch_model.bin")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FormatError, match="pytorch_model.bin") as info:
+    with pytest.raises(FormatError, match=r"pytorch_model.bin") as info:
         load(source)
-    assert named in str(info.value) and not (tmp_path / "canary").exists()
+    assert named in str(info.value)
+    assert not (tmp_path / "canary").exists()

@@ -168,7 +168,8 @@ def test_written_from_nothing_is_read_alike_by_transformers(family: str, extra: 
     config = read(original)
     table, changes = write_config(config, None, load_mapping(config.family))
     assert changes == []
-    assert "rope_parameters" not in table and {"rope_theta", "rope_scaling", "tie_word_embeddings"} <= set(table)
+    assert "rope_parameters" not in table
+    assert {"rope_theta", "rope_scaling", "tie_word_embeddings"} <= set(table)
     assert expected(understood(table, tmp_path)) == expected(understood(original, tmp_path))
     assert replace(read(table), raw={}) == replace(config, raw={})
 
@@ -345,9 +346,8 @@ def test_unknown_family_lists_those_known(table: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("mapping", families(), ids=lambda m: m.name)
 def test_every_family_describes_its_config(mapping: Any) -> None:
-    assert mapping.match and {"layers", "hidden", "heads", "vocab_rows", "rope", "dtype"} <= {
-        e.field for e in entries(mapping)
-    }
+    assert mapping.match
+    assert {"layers", "hidden", "heads", "vocab_rows", "rope", "dtype"} <= {e.field for e in entries(mapping)}
     assert mapping.config["const"]["model_type"] == mapping.match["model_type"]
 
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ckptconv.checkpoint import Checkpoint, Key, Stored
-    from ckptconv.pipeline import Job, Prepared, convert, load, prepare
+    from ckptconv.compare import verify
     from ckptconv.errors import CkptconvError
     from ckptconv.execute import ExecuteOptions, Report
+    from ckptconv.pipeline import Job, Prepared, convert, load, prepare
     from ckptconv.tensor import Tensor
-    from ckptconv.compare import verify
 
 _HOMES = {
     "Checkpoint": "checkpoint",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from ckptconv.tensor import Shape, Tensor, concat
 
@@ -38,7 +39,7 @@ def _joined(box: Box, items: Sequence[tuple[Box, Tensor]]) -> Tensor:
         if len(edges) == 2:
             continue
         slabs = []
-        for lo, hi in zip(edges, edges[1:], strict=False):
+        for lo, hi in pairwise(edges):
             inside = [i for i in items if lo <= i[0][axis][0] and i[0][axis][1] <= hi]
             if not inside:
                 raise ValueError(f"nothing covers {lo}..{hi} of axis {axis}")

@@ -1,4 +1,4 @@
-"""Export: the canonical graph to every rank's tensors in a dialect's names; every canonical tensor finds a place, or all that do not are listed."""
+"""Export: the canonical graph to every rank's tensors in a dialect's names; every atom finds a place, or all that do not are listed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ class _Export:
                 self.note_absent(binding, slot, rank)
                 continue
             except ValueError as error:
-                self.problems.append(f"{binding.stored} on {rank} cannot be put together: {error}; unlike dtypes need --dtype")
+                self.problems.append(
+                    f"{binding.stored} on {rank} cannot be put together: {error}; unlike dtypes need --dtype"
+                )
                 continue
             yield Key(binding.stored, slot), whole if binding.box is None else whole.narrow(0, *binding.box)
 

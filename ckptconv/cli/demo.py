@@ -64,10 +64,14 @@ def run_demo(say: Callable[[str], None]) -> None:
             say(f"    {report.tensors} tensors in {report.seconds:.2f} s")
             verdict = verify(place / "llama", place / dst)
             if not verdict.same:
-                raise CkptconvError(f"the demo failed: {dst} is not the model it was made from: {verdict.differences[:3]}")
+                raise CkptconvError(
+                    f"the demo failed: {dst} is not the model it was made from: {verdict.differences[:3]}"
+                )
             say(f"$ ckptconv verify llama {dst}\n    same ({verdict.tensors} tensors)")
         one, two = ((place / name / "model.safetensors").read_bytes() for name in ("llama", "llama-again"))
-        say(f"\nThe weights file came back {'byte for byte' if one == two else 'with the same tensors in another order'}.")
+        say(
+            f"\nThe weights file came back {'byte for byte' if one == two else 'with the same tensors in another order'}."
+        )
 
 
 def make_model(folder: Path) -> None:

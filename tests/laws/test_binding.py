@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -29,7 +30,9 @@ SHAPES = {
     "tied": replace(DENSE, tied=True),
     "biases": replace(DENSE, qkv_bias=True, out_bias=True, mlp_bias=True),
     "qk_norm": replace(DENSE, qk_norm=True),
-    "layernorm": replace(DENSE, norm="layernorm", glu=False, learned_positions=True, qkv_bias=True, out_bias=True, mlp_bias=True),
+    "layernorm": replace(
+        DENSE, norm="layernorm", glu=False, learned_positions=True, qkv_bias=True, out_bias=True, mlp_bias=True
+    ),
     "moe": replace(DENSE, experts=4, moe_ffn=40, moe_layers=(0, 1, 2, 3)),
     "mixed": replace(DENSE, experts=4, moe_ffn=40, moe_layers=(1, 3)),
 }
@@ -76,11 +79,14 @@ def cases() -> Iterator[object]:
             for shape in SHAPES:
                 for topology in TOPOLOGIES:
                     if not mapping.startswith("hf-") or topology == "whole":
-                        yield pytest.param(mapping, variant, shape, topology, id=f"{mapping}-{'-'.join(sorted(variant))}-{shape}-{topology}")
+                        name = "-".join([mapping, *sorted(variant), shape, topology])
+                        yield pytest.param(mapping, variant, shape, topology, id=name)
 
 
 @pytest.mark.parametrize(("mapping", "variant", "shape", "topology"), list(cases()))
-def test_export_then_import_gives_the_same_leaves(mapping: str, variant: frozenset[str], shape: str, topology: str) -> None:
+def test_export_then_import_gives_the_same_leaves(
+    mapping: str, variant: frozenset[str], shape: str, topology: str
+) -> None:
     checkpoint = atoms(SHAPES[shape], mapping)
     if refused(mapping, shape, topology):
         with pytest.raises((CoverageError, TopologyError)):
@@ -122,7 +128,7 @@ def test_cuts_of_an_axis_tile_it_evenly_often(topology: str, axis: str) -> None:
     edges = sorted(seen)
     assert edges[0][0] == 0
     assert edges[-1][1] == size
-    assert all(a[1] == b[0] for a, b in zip(edges, edges[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in pairwise(edges))
     assert len(set(seen.values())) == 1
 
 
@@ -130,7 +136,11 @@ def test_more_ranks_than_kv_heads_cuts_the_assembled_rows() -> None:
     """Megatron-Core: rank r of 8 holds rows r/8 of the assembled qkv, which here is half a query group."""
     config = SHAPES["dense"]
     rank = next(r for r in even(4, tp=8).ranks() if r.tp == 3)
-    row = next(b for b in bind(load_mapping("mcore"), frozenset(), config, even(4, tp=8), rank) if "linear_qkv.weight" in b.stored)
+    row = next(
+        b
+        for b in bind(load_mapping("mcore"), frozenset(), config, even(4, tp=8), rank)
+        if "linear_qkv.weight" in b.stored
+    )
     rows = (8 + 2 * 4) * 6
     assert row.box == (3 * rows // 8, 4 * rows // 8)
     assert row.shape == (rows // 8, 32)

@@ -72,7 +72,9 @@ def divisors(n: int) -> list[int]:
 
 def step(pool: Pool, t: Tensor, a: Array, rng: random.Random) -> tuple[Tensor, Array]:
     """One random layout method on both sides."""
-    kind = rng.choice(["narrow", "permute", "unfold", "fold", "concat", "expand", "unsqueeze", "squeeze", "empty", "split"])
+    kind = rng.choice(
+        ["narrow", "permute", "unfold", "fold", "concat", "expand", "unsqueeze", "squeeze", "empty", "split"]
+    )
     axis = rng.randrange(a.ndim) if a.ndim else 0
     if a.ndim == 0:
         return t.unsqueeze(0), a.reshape(1)
@@ -93,7 +95,8 @@ def step(pool: Pool, t: Tensor, a: Array, rng: random.Random) -> tuple[Tensor, A
         return t.fold(axis), a.reshape(merged)
     if kind == "concat" and a.size < 5000:
         other = rng.choice([1, 2, 3])
-        b = np.random.default_rng(rng.randrange(1 << 30)).integers(0, 1 << 15, (*a.shape[:axis], other, *a.shape[axis + 1 :])).astype(a.dtype)
+        shape = (*a.shape[:axis], other, *a.shape[axis + 1 :])
+        b = np.random.default_rng(rng.randrange(1 << 30)).integers(0, 1 << 15, shape).astype(a.dtype)
         u = tiled(pool, b, rng)
         first = rng.random() < 0.5
         return concat([t, u] if first else [u, t], axis), np.concatenate([a, b] if first else [b, a], axis)
@@ -155,7 +158,9 @@ def test_cutting_and_joining_gives_the_leaf_back(pool: Pool, seed: int) -> None:
         if depth == 0 or t.shape[axis] < 2:
             return t
         at = rng.randint(1, t.shape[axis] - 1)
-        return concat([cut_up(t.narrow(axis, 0, at), depth - 1), cut_up(t.narrow(axis, at, t.shape[axis]), depth - 1)], axis)
+        return concat(
+            [cut_up(t.narrow(axis, 0, at), depth - 1), cut_up(t.narrow(axis, at, t.shape[axis]), depth - 1)], axis
+        )
 
     assert cut_up(leaf, 3) == leaf
 
@@ -178,6 +183,8 @@ def test_assemble_any_tiling_reads_whole(pool: Pool, seed: int) -> None:
         ([((0, 0), (2, 4)), ((0, 0), (2, 4))], "overlap|hole|covers"),
     ],
 )
-def test_assemble_refuses_what_does_not_tile(parts: list[tuple[tuple[int, int], tuple[int, int]]], message: str) -> None:
+def test_assemble_refuses_what_does_not_tile(
+    parts: list[tuple[tuple[int, int], tuple[int, int]]], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         assemble((4, 4), [(at, Fill(shape, U16)) for at, shape in parts])

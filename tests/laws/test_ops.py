@@ -101,5 +101,5 @@ def test_grouped_concat_of_a_cut_is_a_cut_of_whole_groups(
     ],
 )
 def test_operands_that_do_not_fit_are_refused(op: Op, shapes: list[tuple[int, ...]]) -> None:
-    with pytest.raises(ValueError, match="shape|heads"):
+    with pytest.raises(ValueError, match=r"shape|heads"):
         op.shape(shapes)

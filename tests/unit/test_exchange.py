@@ -19,7 +19,9 @@ from ckptconv.source import Source
 from ckptconv.tensor import Concat, Fill, Map, Tensor, View, contiguous
 from ckptconv.topology import Rank, Topology, even
 
-CONFIG = ModelConfig(family="hf-llama", layers=2, hidden=8, heads=4, kv_heads=2, head_dim=2, ffn=12, vocab_rows=16, vocab=13)
+CONFIG = ModelConfig(
+    family="hf-llama", layers=2, hidden=8, heads=4, kv_heads=2, head_dim=2, ffn=12, vocab_rows=16, vocab=13
+)
 MCORE = load_mapping("mcore")
 TE = frozenset({"experts_te"})
 

@@ -9,7 +9,7 @@ import pytest
 from ckptconv.errors import MappingError
 from ckptconv.mapping_files import chosen, load_mapping, load_mapping_file, mapping_paths
 
-EXTRA = '''
+EXTRA = """
 extends = "hf-llama"
 [vocabulary.tensors]
 "layers.{l}.attn.scale" = { axes = ["head_dim"] }
@@ -17,7 +17,7 @@ extends = "hf-llama"
 [block.tensors]
 "model.layers.{l}.self_attn.scale" = "layers.{l}.attn.scale"
 "lm_head.weight" = false
-'''
+"""
 
 
 def write(folder: Path, text: str) -> Path:
@@ -65,10 +65,19 @@ def test_use_takes_another_mappings_rules_under_prefixes(tmp_path: Path) -> None
         ('extends = "hf-llama"\n[[block]]\n[block.tensor]\nx = "norm.weight"', "unknown keys"),
         ('extends = "hf-llama"\n[[block]]\n[block.tensors]\nx = "no.atom"', "no atom 'no.atom'"),
         ('extends = "hf-llama"\n[[block]]\n[block.tensors]\nx = "layers.{l}.attn.q.weight"', "nothing runs over"),
-        ('extends = "hf-llama"\n[[block]]\n[block.tensors]\nx = { is = "norm.weight", when = "sometimes" }', "unknown tag 'sometimes'"),
-        ('extends = "hf-llama"\n[[block]]\n[block.tensors]\nx = { is = "norm.weight", on = "moon" }', "unknown role 'moon'"),
+        (
+            'extends = "hf-llama"\n[[block]]\n[block.tensors]\nx = { is = "norm.weight", when = "sometimes" }',
+            "unknown tag 'sometimes'",
+        ),
+        (
+            'extends = "hf-llama"\n[[block]]\n[block.tensors]\nx = { is = "norm.weight", on = "moon" }',
+            "unknown role 'moon'",
+        ),
         ('extends = "hf-llama"\n[[block]]\n[block.tensors]\nx = { glue = ["norm.weight"] }', "exactly one of"),
-        ('extends = "hf-llama"\n[[block]]\n[block.tensors]\nx = { concat = ["norm.weight"], sideways = 1 }', "concat has no"),
+        (
+            'extends = "hf-llama"\n[[block]]\n[block.tensors]\nx = { concat = ["norm.weight"], sideways = 1 }',
+            "concat has no",
+        ),
         ('extends = "hf-llama"\n[[block]]\n[block.tensors]\nx = { stack = "norm.weight" }', "needs `over`"),
         ('extends = "hf-llama"\n[[block]]\n[block.tensors]\nx = 3', "expected an atom's name or a table"),
         ('extends = "hf-llama"\n[cut]\ntp = ["girth"]', "unknown axis 'girth'"),

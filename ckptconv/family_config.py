@@ -18,8 +18,9 @@ from typing import Any
 
 from ckptconv.config import ModelConfig, Rope
 from ckptconv.config_codecs import ABSENT, CODECS, Entry, Section, Table, plain
-from ckptconv.errors import ConfigError, MappingError
+from ckptconv.errors import ConfigError, MappingError, UsageError
 from ckptconv.mapping import Mapping
+from ckptconv.mapping_files import chosen, family_names
 
 TABLES = ("default", "const")
 MAX_INDEX = 8192  # layers or experts: a file that claims more is lying, and would cost its number in memory
@@ -40,6 +41,17 @@ def family_of(raw: Table, mappings: Sequence[Mapping], where: str = "config.json
         f"{where}: {found}, and no family is for that; known: {known}. "
         "If the model is one of these under another name, say so with --family NAME; a new one needs a mapping file"
     )
+
+
+def family_named(name: str | None, given: Sequence[Mapping]) -> Mapping | None:
+    """The family that --family names, with or without its prefix, among those known and the user's own."""
+    if name is None:
+        return None
+    known = list(dict.fromkeys([*family_names(), *(m.name for m in given)]))
+    for full in (name, f"hf-{name}"):
+        if full in known:
+            return chosen(full, [m for m in given if m.name == full])
+    raise UsageError(f"--family {name}: no such family; known: {', '.join(known)}")
 
 
 def _matches(value: object, wanted: object) -> bool:

@@ -16,7 +16,7 @@ from ckptconv.containers import json_file, safetensors
 from ckptconv.dialect import detect
 from ckptconv.dtypes import UINT8
 from ckptconv.errors import CkptconvError, ConfigError, TopologyError, UsageError
-from ckptconv.family_config import check_fits, config_text, family_of, read_config, write_config
+from ckptconv.family_config import check_fits, config_text, family_named, family_of, read_config, write_config
 from ckptconv.formats import Request
 from ckptconv.formats.hf_files import (
     CONFIG,
@@ -30,7 +30,7 @@ from ckptconv.formats.hf_files import (
     side_files,
 )
 from ckptconv.mapping import Mapping
-from ckptconv.mapping_files import chosen, families, family_names
+from ckptconv.mapping_files import chosen, families
 from ckptconv.plan import File, Plan, Segment
 from ckptconv.source import Source, whole
 from ckptconv.tensor import Tensor, contiguous
@@ -90,7 +90,9 @@ class Hf:
         folder = folder_of(path)
         config_file = _config_file(folder, options.config)
         raw = json_file.read(config_file)
-        family = family_named(request) or family_of(raw, [*families(), *request.mappings], str(config_file))
+        family = family_named(request.family, request.mappings) or family_of(
+            raw, [*families(), *request.mappings], str(config_file)
+        )
         mapping = chosen(family.name, request.mappings)
         config = replace(read_config(raw, str(config_file), mapping), family=family.name)
         weights = read_weights(folder, request.check)
@@ -115,7 +117,7 @@ class Hf:
         if slots := sorted({k.slot for k in checkpoint.tensors} - {"param"}):
             state = ", ".join(slots)
             raise ConfigError(f"Hugging Face files have no place for {state}; --optimizer drop leaves it out")
-        family = family_named(request)
+        family = family_named(request.family, request.mappings)
         mapping = chosen(family.name if family else config.family, request.mappings)
         check_fits(config, mapping)
         rows = request.vocab or config.vocab
@@ -147,17 +149,6 @@ class Hf:
         if names:
             lines.append(f"tokenizer = AutoTokenizer.from_pretrained({dst!r})")
         return "\n".join(lines)
-
-
-def family_named(request: Request) -> Mapping | None:
-    """The family that --family names, with or without its prefix."""
-    if request.family is None:
-        return None
-    known = [*family_names(), *(m.name for m in request.mappings)]
-    for name in (request.family, f"hf-{request.family}"):
-        if name in known:
-            return chosen(name, [m for m in request.mappings if m.name == name])
-    raise UsageError(f"--family {request.family}: no such family; known: {', '.join(known)}")
 
 
 def _config_file(folder: Path, given: Path | None) -> Path:
@@ -209,7 +200,7 @@ def _start(stored: Stored, options: HfSave, request: Request) -> _Start:
     if options.template is not None:
         path = _config_file(folder_of(options.template), None)
         text = json_file.read_bytes(path)
-        files = {**side_files(options.template), **files}
+        files = {**files, **side_files(options.template)}
         return _Start(_checked(json_file.parse(text, str(path)), str(path), stored, request), text, files)
     if (source := stored.extras.files.get(CONFIG)) is not None:
         text = json_file.read_bytes(source)

@@ -8,16 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
-transformers = pytest.importorskip("transformers")
-
-from ckptconv.config import ModelConfig, Rope  # noqa: E402
-from ckptconv.config_codecs import plain  # noqa: E402
-from ckptconv.containers import json_file  # noqa: E402
-from ckptconv.dtypes import BF16, BY_TORCH, FP16  # noqa: E402
-from ckptconv.errors import ConfigError, FormatError, MappingError  # noqa: E402
-from ckptconv.family_config import check_fits, config_text, entries, family_of, read_config, write_config  # noqa: E402
-from ckptconv.mapping_files import families, load_mapping  # noqa: E402
+from ckptconv.config import ModelConfig, Rope
+from ckptconv.config_codecs import plain
+from ckptconv.dtypes import BF16, BY_TORCH, FP16
+from ckptconv.errors import ConfigError, MappingError, UsageError
+from ckptconv.family_config import (
+    check_fits,
+    config_text,
+    entries,
+    family_named,
+    family_of,
+    read_config,
+    write_config,
+)
+from ckptconv.mapping_files import families, load_mapping
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden" / "configs").glob("*.json"))
 SMALL = {
@@ -372,32 +378,10 @@ def test_dialect_is_no_family() -> None:
         entries(load_mapping("mcore"))
 
 
-@pytest.mark.parametrize(
-    ("text", "named"),
-    [
-        (b'{"a": 1, "a": 2}', "twice"),
-        (b'{"a": NaN}', "NaN"),
-        (b'{"a": -Infinity}', "Infinity"),
-        (b"[1]", "list"),
-        (b"", "JSON"),
-        (b'{"a": 1', "JSON"),
-        (b"\xff\xfe{}", "JSON"),
-        (b'{"a":' * 100000, "JSON"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "JSON"),
-    ],
-    ids=["twice", "nan", "infinity", "list", "empty", "cut", "encoding", "deep", "digits"],
-)
-def test_damaged_json_is_refused(text: bytes, named: str, tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    path.write_bytes(text)
-    with pytest.raises(FormatError, match=named) as info:
-        json_file.read(path)
-    assert str(path) in str(info.value)
-
-
-def test_oversized_json_is_refused_unread(tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    with path.open("wb") as file:
-        file.truncate(10**12)
-    with pytest.raises(FormatError, match="1000000000000 bytes"):
-        json_file.read(path)
+def test_family_is_named_with_or_without_prefix() -> None:
+    own = replace(load_mapping("hf-llama"), name="mine", extends="hf-llama")
+    assert family_named(None, [own]) is None
+    assert family_named("qwen2", [own]) == family_named("hf-qwen2", []) == load_mapping("hf-qwen2")
+    assert family_named("mine", [own]) is own
+    with pytest.raises(UsageError, match=r"hf-mixtral.*mine"):
+        family_named("gpt9", [own])

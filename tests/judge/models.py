@@ -1,0 +1,148 @@
+"""Megatron-Core GPT models of one rank (one per virtual stage) built from a Spec, and their logits over all ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from tests.judge.ranks import Layout
+from tests.judge.spec import Spec
+
+Logits = NDArray[np.float32]
+
+
+def build(spec: Spec, layout: Layout) -> list[Any]:
+    """This rank's model chunks, weights not yet loaded (NaN, so that a parameter left out shows)."""
+    from megatron.core import parallel_state as ps
+    from megatron.core.models.gpt import GPTModel
+
+    config, layer = _config(spec, layout), _layer(spec)
+    chunks = []
+    for stage in range(layout.vpp or 1):
+        place = {"ignore_virtual": False, "vp_stage": stage if layout.vpp else None}
+        chunk = GPTModel(
+            config,
+            layer,
+            vocab_size=spec.vocab_rows,
+            max_sequence_length=spec.positions,
+            pre_process=ps.is_pipeline_first_stage(**place),
+            post_process=ps.is_pipeline_last_stage(**place),
+            parallel_output=True,
+            position_embedding_type="rope",
+            rotary_base=spec.rotary_base,
+            rope_scaling=spec.rope_factor is not None,
+            rope_scaling_factor=spec.rope_factor or 8.0,
+            share_embeddings_and_output_weights=spec.tied,
+            vp_stage=place["vp_stage"],
+        )
+        for parameter in chunk.parameters():
+            parameter.fill_(float("nan"))
+        chunks.append(chunk.eval())
+    config.bf16 = spec.grouped_experts  # GroupedMLP asserts it and does not use it
+    return chunks
+
+
+def _layer(spec: Spec) -> Any:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    return get_gpt_layer_local_spec(
+        num_experts=spec.experts,
+        moe_grouped_gemm=spec.grouped_experts,
+        qk_layernorm=spec.qk_norm,
+        normalization="RMSNorm",
+    )
+
+
+def _config(spec: Spec, layout: Layout) -> Any:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    moe: dict[str, Any] = {
+        "num_moe_experts": spec.experts,
+        "moe_router_topk": spec.top_k,
+        "moe_ffn_hidden_size": spec.ffn,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "allgather",
+        "moe_grouped_gemm": spec.grouped_experts,
+    }
+    return TransformerConfig(
+        num_layers=spec.layers,
+        hidden_size=spec.hidden,
+        num_attention_heads=spec.heads,
+        num_query_groups=spec.groups,
+        kv_channels=spec.head_dim,
+        ffn_hidden_size=spec.ffn,
+        layernorm_epsilon=spec.norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=spec.bias,
+        add_qkv_bias=spec.qkv_bias,
+        qk_layernorm=spec.qk_norm,
+        **_parallel(layout),
+        **_on_a_cpu(),
+        **(moe if spec.experts else {}),
+    )
+
+
+def _parallel(layout: Layout) -> dict[str, Any]:
+    return {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
+        "num_layers_in_first_pipeline_stage": layout.first,
+        "num_layers_in_last_pipeline_stage": layout.last,
+        "pipeline_model_parallel_layout": layout.stages,
+        "pipeline_dtype": torch.float32,
+    }
+
+
+def _on_a_cpu() -> dict[str, Any]:
+    """Switches that choose plain torch code over fused kernels, and exactness over speed."""
+    fused = ("gradient_accumulation", "masked_softmax", "bias_activation", "bias_dropout")
+    return {
+        **{f"{name}_fusion": False for name in fused},
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,
+        "use_cpu_initialization": True,
+        "perform_initialization": False,
+        "attention_softmax_in_fp32": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+
+
+def logits(chunks: list[Any], ids: torch.Tensor) -> Logits | None:
+    """[batch, position, vocabulary row] on ranks of the last stage, None elsewhere; hidden states go from stage to stage."""
+    from megatron.core import parallel_state as ps
+
+    ranks = dist.get_process_group_ranks(ps.get_pipeline_model_parallel_group())
+    here, last = ps.get_pipeline_model_parallel_rank(), len(ranks) - 1
+    batch, length = ids.shape
+    positions = torch.arange(length)[None].expand(batch, -1)
+    out = None
+    for number, chunk in enumerate(chunks):
+        if here > 0 or (number > 0 and last > 0):
+            hidden = torch.empty(length, batch, chunk.config.hidden_size)
+            dist.recv(hidden, ranks[here - 1])
+            chunk.set_input_tensor(hidden)
+        elif number > 0:
+            chunk.set_input_tensor(out)
+        out = chunk(ids, positions, None)
+        if last > 0 and (here < last or number + 1 < len(chunks)):
+            dist.send(out.contiguous(), ranks[(here + 1) % len(ranks)])
+    return _gathered(out) if here == last else None
+
+
+def _gathered(out: torch.Tensor | None) -> Logits:
+    from megatron.core import parallel_state as ps
+
+    assert out is not None
+    parts = [torch.empty_like(out) for _ in range(ps.get_tensor_model_parallel_world_size())]
+    dist.all_gather(parts, out.contiguous(), group=ps.get_tensor_model_parallel_group())
+    return torch.cat(parts, -1).float().numpy()

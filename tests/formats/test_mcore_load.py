@@ -238,8 +238,8 @@ def test_hf_beside_wins_over_what_official_converters_get_wrong(tmp_path: Path) 
 
 def test_heads_that_args_and_hf_give_differently_are_refused_unless_given_on_purpose(tmp_path: Path) -> None:
     base = make(tmp_path, args={"num_attention_heads": 8, "num_query_groups": 4, "kv_channels": 4})
+    hf_config(base / "hf")
     with pytest.raises(ConfigError, match="contradict each other"):
-        hf_config(base / "hf")
         load(base)
     checkpoint = load(base, hf_config(tmp_path / "given"))
     assert checkpoint.config.heads == HEADS

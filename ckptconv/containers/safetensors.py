@@ -1,0 +1,171 @@
+"""safetensors files: the header as lazy tensors, and the layout of a new file, byte for byte the library's."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NoReturn
+
+from ckptconv.containers.ranges import HeaderReader, Place, locate
+from ckptconv.dtypes import BY_SAFETENSORS, DType
+from ckptconv.errors import FormatError
+from ckptconv.plan import File, Segment
+from ckptconv.tensor import Shape, Tensor, contiguous
+
+MAX_HEADER = 100_000_000  # the library refuses more
+MAX_NBYTES = 1 << 62
+METADATA = "__metadata__"
+
+# The library sorts by its Dtype enum, last one first, then by name; hence this order and not one by size alone.
+_ORDER = (
+    "BOOL F4 F6_E2M3 F6_E3M2 U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ "
+    "I16 U16 F16 BF16 I32 U32 F32 C64 F64 I64 U64"
+)
+_RANK = {code: i for i, code in enumerate(_ORDER.split())}
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsFile:
+    """What a file holds: tensors in the order of their bytes, and the free-form metadata."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+class _Entry:
+    """One header entry, checked by itself: its byte range is still to be held against its neighbours'."""
+
+    __slots__ = ("begin", "dtype", "end", "name", "shape")
+
+    def __init__(self, name: str, info: object) -> None:
+        if not isinstance(info, dict) or set(info) != {"dtype", "shape", "data_offsets"}:
+            raise ValueError("an entry has exactly dtype, shape and data_offsets")
+        self.name = name
+        self.dtype = _dtype(info["dtype"])
+        self.shape: Shape = tuple(_natural(n) for n in _list(info["shape"]))
+        offsets = _list(info["data_offsets"])
+        if len(offsets) != 2:
+            raise ValueError("data_offsets are not two numbers")
+        self.begin, self.end = _natural(offsets[0]), _natural(offsets[1])
+        expected = math.prod(self.shape) * self.dtype.itemsize
+        if max((expected, *self.shape)) > MAX_NBYTES:
+            raise ValueError(f"shape {list(self.shape)} overflows")
+        if self.end - self.begin != expected:
+            raise ValueError(
+                f"{self.dtype.safetensors} {list(self.shape)} takes {expected} bytes, "
+                f"data_offsets {self.begin}..{self.end} give {self.end - self.begin}"
+            )
+
+
+def read(path: Place, where: str = "") -> SafetensorsFile:
+    """Parse and check the header; no tensor byte is read."""
+    source = locate(path)
+    where = where or source.path
+    with HeaderReader(source, where) as reader:
+        length = int.from_bytes(reader.read(0, 8, "the header length"), "little")
+        if not 2 <= length <= min(MAX_HEADER, source.nbytes - 8):
+            raise FormatError(
+                where, f"header of {length} bytes in a file of {source.nbytes} (not safetensors, or truncated)"
+            )
+        header = _parse(reader.read(8, length, "the header"), where)
+    metadata = _metadata(header.pop(METADATA, {}), where)
+    entries = []
+    for name, info in header.items():
+        try:
+            entries.append(_Entry(name, info))
+        except ValueError as error:
+            raise FormatError(f"{where}!{name}", str(error)) from None
+    entries.sort(key=lambda e: (e.begin, e.end))
+    body = source.inside(8 + length, source.nbytes - 8 - length)
+    _check_tiling(entries, body.nbytes, where)
+    tensors = {e.name: contiguous(body.inside(e.begin, e.end - e.begin), e.shape, e.dtype) for e in entries}
+    return SafetensorsFile(tensors, metadata)
+
+
+def layout(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> File:
+    """The file the library would write for these tensors: aligned dtypes first, then by name."""
+    if METADATA in tensors:
+        raise FormatError(path, f"a tensor cannot be called {METADATA}")
+    ordered = sorted(tensors.items(), key=lambda kv: (-_RANK[kv[1].dtype.safetensors], kv[0]))
+    header: dict[str, object] = {METADATA: dict(metadata)} if metadata else {}
+    at, begins = 0, []
+    for name, tensor in ordered:
+        end = at + tensor.nbytes
+        header[name] = {"dtype": tensor.dtype.safetensors, "shape": list(tensor.shape), "data_offsets": [at, end]}
+        begins.append(at)
+        at = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise FormatError(
+            path, f"a header of {len(text)} bytes: readers refuse more than {MAX_HEADER}; use more shards"
+        )
+    start = 8 + len(text)
+    segments = [Segment(0, len(text).to_bytes(8, "little") + text)]
+    segments += [Segment(start + b, tensor, name) for b, (name, tensor) in zip(begins, ordered, strict=True)]
+    return File(path, start + at, tuple(segments))
+
+
+def _parse(text: bytes, where: str) -> dict[str, object]:
+    if not text.startswith(b"{"):
+        raise FormatError(where, "the header does not begin with '{'")
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(where, f"the header is not valid: {error}") from None
+    assert isinstance(header, dict)  # it begins with '{'
+    return header
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        seen: set[str] = set()
+        twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice!r} is there twice")
+    return out
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _metadata(value: object, where: str) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise FormatError(where, f"{METADATA} is not a table of strings")
+    return value
+
+
+def _dtype(code: object) -> DType:
+    dtype = BY_SAFETENSORS.get(code) if isinstance(code, str) else None
+    if dtype is None:
+        hint = " (sub-byte, complex and unsigned-zero types are not supported)" if code in _RANK else ""
+        raise ValueError(f"dtype {code!r} is unknown{hint}")
+    return dtype
+
+
+def _list(value: object) -> list[object]:
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r} is not a list")
+    return value
+
+
+def _natural(value: object) -> int:
+    if type(value) is not int or value < 0:  # bool is an int in Python, and not here
+        raise ValueError(f"{value!r} is not a number of 0 or more")
+    return value
+
+
+def _check_tiling(entries: list[_Entry], nbytes: int, where: str) -> None:
+    """Tensors follow each other without hole or overlap and end with the file."""
+    at = 0
+    for entry in entries:
+        if entry.begin != at:
+            kind = "overlaps the tensor before it" if entry.begin < at else "leaves a hole before it"
+            raise FormatError(f"{where}!{entry.name}", f"begins at {entry.begin} and {kind}, which ends at {at}")
+        at = entry.end
+    if at != nbytes:
+        what = "truncated" if at > nbytes else "bytes that belong to no tensor"
+        raise FormatError(where, f"tensors take {at} bytes, the file has {nbytes} for them: {what}")

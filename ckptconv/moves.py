@@ -1,7 +1,7 @@
-"""Moves: what a lazy tensor means in bytes, and the Reader that carries them out; plain data, no mapping, no file is written here.
+"""Moves: what a lazy tensor means in bytes, and the Reader that carries them out; no file is mapped or written here.
 
-A tensor lowers to strided boxes source -> destination, `clip` cuts them by destination byte range, `Reader.fill` reads them with
-few large reads into reused buffers (fresh pages cost three times the copy).
+A tensor lowers to strided boxes source -> destination, `clip` cuts them by destination byte range, `Reader.fill` reads
+them with few large reads into reused buffers (fresh pages cost three times the copy).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ SCRATCH = 1 << 20
 class Move(NamedTuple):
     """One strided box of bytes, from a source (None: a constant, whose bits are `offset`) to a destination.
 
-    Strides are in bytes. Destination axes are nested (an outer stride spans all inner ones), so any byte range of the destination
-    is a few boxes. `item` and `out_item` are 1 where the last axis is a plain run of bytes.
+    Strides are in bytes. Destination axes are nested (an outer stride spans all inner ones), so any byte range of the
+    destination is a few boxes. `item` and `out_item` are 1 where the last axis is a plain run of bytes.
     """
 
     source: Source | None
@@ -103,7 +103,7 @@ def make(
     out_item: int,
     fns: tuple[ValueFn, ...],
 ) -> Move:
-    """A Move in normal form: no axis of size 1, axes contiguous on both sides merged, a contiguous last axis turned into bytes."""
+    """A Move in normal form: no axis of size 1, axes contiguous on both sides merged, a contiguous last one as bytes."""
     axes: list[tuple[int, int, int]] = []
     for n, a, b in zip(shape, strides, out_strides, strict=True):
         if n == 1:
@@ -171,7 +171,7 @@ class _Run(NamedTuple):
 
 
 class Reader:
-    """Carries out moves. One per thread: open sources, one scratch buffer, and the span now in it, which siblings share."""
+    """Carries out moves. One per thread: open sources, a scratch buffer, the span now in it, which siblings share."""
 
     def __init__(self, scratch: int = SCRATCH, opener: Callable[[str], Opened] = LocalFile) -> None:
         self._opener = opener
@@ -200,7 +200,7 @@ class Reader:
             self._resize(nbytes)
 
     def fill(self, moves: Sequence[Move], out: Bytes, to: int, window: Span | None = None) -> Loss:
-        """Write the bytes `to`..`to + len(out)` of the destination into `out`; what value functions lost on the way is returned.
+        """Write the bytes `to`..`to + len(out)` of the destination into `out`; returns what value functions lost.
 
         `window` is a span that siblings will ask for parts of: it is read whole, once, if it is needed at all.
         """
@@ -320,7 +320,7 @@ class Reader:
         return self._put(move._replace(offset=0, strides=tuple(strides)), self._scratch, 0, out, to)
 
     def _put(self, move: Move, src: Bytes, at: int, out: Bytes, to: int) -> Loss:
-        """`src` holds the file from byte `at`, `out` the destination from byte `to`: copy, through the value functions."""
+        """`src` holds the file from byte `at`, `out` the destination from byte `to`: copy through the functions."""
         fns, place = move.fns, move.out - to
         if not fns:
             kind = UINT[move.out_item]

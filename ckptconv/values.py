@@ -101,7 +101,7 @@ def _range(dtype: DType) -> tuple[float, float]:
 
 
 def _lost(values: Array, dtype: DType) -> tuple[int, int]:
-    """How many are not finite, and how many zero: told from the bits, which order as magnitudes do once the sign is gone."""
+    """How many are not finite, and how many zero, told from the bits: without the sign they order as magnitudes do."""
     uint = UINT[dtype.itemsize]
     magnitude = np.left_shift(values.view(uint), 1)
     largest = np.array([_range(dtype)[0]], dtype.numpy).view(uint)[0] << 1

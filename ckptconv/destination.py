@@ -1,0 +1,147 @@
+"""Where a result goes: the folder it is made in, its journal, and the steps that make it appear at once."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from ckptconv.errors import PlanError
+from ckptconv.fingerprint import MANIFEST, OURS
+from ckptconv.journal import Seal
+from ckptconv.system import exchange
+
+
+class Destination(NamedTuple):
+    """`partial` and `journal` are siblings of `final`, or inside it (`inside`) where none can be put in its place."""
+
+    final: str
+    partial: str
+    journal: str
+    inside: bool
+
+    @property
+    def aside(self) -> str:
+        """Where an old result waits for the new one, where the two names cannot be swapped in one step."""
+        return self.final + ".replaced"
+
+
+def locate(dst: Path) -> Destination:
+    """Choose the place to work in; nothing is made or changed."""
+    final = os.path.realpath(dst)
+    parent, name = os.path.split(final)
+    if not name:
+        raise PlanError(f"{dst} cannot be a destination")
+    if not os.path.isdir(parent):
+        raise PlanError(f"{parent} is not a folder: make it first")
+    inside = os.path.isdir(final) and (not os.access(parent, os.W_OK | os.X_OK) or _mounted(final))
+    if inside:
+        return Destination(final, f"{final}/{OURS}partial", f"{final}/{OURS}journal", True)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PlanError(f"{parent} cannot be written to")
+    return Destination(final, final + ".partial", final + ".journal", False)
+
+
+def check_free(place: Destination, force: bool, sources: Iterable[str]) -> None:
+    """The destination must be absent or an empty folder; a folder that holds a source is never replaced."""
+    if force and not place.inside and os.path.lexists(place.aside):
+        raise PlanError(f"{place.aside} is in the way: remove it first")
+    if not os.path.lexists(place.final):
+        return
+    for folder in {os.path.dirname(os.path.realpath(path)) for path in sources}:
+        if os.path.commonpath([folder, place.final]) == place.final:
+            raise PlanError(f"{place.final} holds the source {folder}: choose another destination")
+    if os.path.isdir(place.final) and all(name.startswith(OURS) for name in os.listdir(place.final)):
+        return
+    if place.inside:
+        raise PlanError(f"{place.final} is not empty, and its parent cannot take a folder that would replace it")
+    if not force:
+        raise PlanError(
+            f"{place.final} exists and is not an empty folder (--force replaces it once the new one is complete)"
+        )
+
+
+def check_space(place: Destination, sizes: Iterable[int]) -> None:
+    """The file system must have room for what is still to be written."""
+    needed = sum(-(-size // 4096) * 4096 for size in sizes)
+    folder = place.final if place.inside else os.path.dirname(place.final)
+    available = shutil.disk_usage(folder).free
+    if needed > available:
+        raise PlanError(
+            f"{folder} has {available:,} bytes free, the result needs {needed:,}: {needed - available:,} too few"
+        )
+
+
+def in_place(place: Destination, seal: Seal) -> bool:
+    """Whether the sealed result already stands at the destination."""
+    try:
+        return not place.inside and os.stat(place.final).st_ino == seal.inode
+    except FileNotFoundError:
+        return False
+
+
+def commit(place: Destination, seal: Seal, sync: Callable[[str], None]) -> None:
+    """Make the complete partial folder the result. Stopped anywhere, old or new is whole; doing it again ends it."""
+    if place.inside:
+        _move_out(place, sync)
+        return
+    if not in_place(place, seal):
+        _put_in_place(place, seal)
+    sync(os.path.dirname(place.final))
+    if seal.force:  # the result that was replaced has either name
+        _remove(place.partial)
+        _remove(place.aside)
+
+
+def _put_in_place(place: Destination, seal: Seal) -> None:
+    if seal.force and os.path.lexists(place.final):
+        if exchange(place.partial, place.final):
+            return
+        os.rename(place.final, place.aside)
+    try:
+        os.rename(place.partial, place.final)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise PlanError(
+                f"{place.final} appeared meanwhile; the result is complete: remove it, and run this again"
+            ) from None
+        raise
+
+
+def _move_out(place: Destination, sync: Callable[[str], None]) -> None:
+    """File by file, the manifest last: where it stands, all does."""
+    with suppress(FileNotFoundError):
+        for name in sorted(os.listdir(place.partial), key=lambda name: (name == MANIFEST, name)):
+            if name == MANIFEST:
+                sync(place.final)
+            os.rename(f"{place.partial}/{name}", f"{place.final}/{name}")
+        os.rmdir(place.partial)
+    sync(place.final)
+
+
+def discard(place: Destination) -> None:
+    """Take unfinished work away."""
+    _remove(place.partial)
+
+
+def _remove(path: str) -> None:
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def _mounted(path: str) -> bool:
+    """Whether a file system is mounted here (a bind mount too): such a folder cannot be replaced."""
+    if os.path.ismount(path):
+        return True
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+            return any(line.split(" ")[4].encode().decode("unicode_escape") == path for line in lines)
+    except OSError:
+        return False

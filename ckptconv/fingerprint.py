@@ -1,0 +1,145 @@
+"""What a plan is, told before anything is done: whether it is sound, and what must not change between two runs."""
+
+from __future__ import annotations
+
+import json
+import marshal
+import os
+import posixpath
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import xxhash
+
+from ckptconv.errors import PlanError
+from ckptconv.plan import File, Late, Plan
+from ckptconv.source import Identity, identity
+from ckptconv.tensor import Tensor
+
+MANIFEST = "ckptconv.json"
+OURS = ".ckptconv."  # how the names begin that are used while work goes on inside an existing folder
+
+
+class Fingerprint(NamedTuple):
+    """`digest` stands for all of it: recipes, options, each source's path, size, time; the rest says what changed."""
+
+    digest: str
+    about: dict[str, object]
+    sources: dict[str, Identity]
+
+
+def fingerprint(plan: Plan) -> Fingerprint:
+    """Looks at every source file, opens none."""
+    digest = xxhash.xxh3_128()
+    numbers: dict[str, int] = {}
+    for file in plan.files:
+        digest.update(marshal.dumps((file.path, file.size, file.final), 2))
+        for segment in file.segments:
+            digest.update(marshal.dumps((segment.offset, segment.name, _recipe(segment.body, numbers)), 2))
+    for check in plan.checks:
+        digest.update(marshal.dumps((check.name, _recipe(check.kept, numbers), _recipe(check.copy, numbers)), 2))
+    sources = {os.path.abspath(path): identity(path) for path in numbers}
+    about = json.dumps(plan.about, sort_keys=True)
+    digest.update(json.dumps([about, list(sources.items())]).encode())
+    return Fingerprint(digest.hexdigest(), json.loads(about), sources)
+
+
+def _recipe(body: Tensor | bytes | Late, numbers: dict[str, int]) -> Any:
+    """What makes the bytes, as plain tuples; sources are numbered, so that a long path is hashed once."""
+    if isinstance(body, bytes):
+        return body
+    if isinstance(body, Late):
+        return body.template, body.crcs
+    moves = []
+    for source, *rest, fns in body.lower():
+        number = -1 if source is None else numbers.setdefault(source.path, len(numbers))
+        moves.append((number, *rest, *map(repr, fns)))
+    return body.dtype.name, tuple(moves)
+
+
+def changed_sources(sources: dict[str, Identity]) -> list[str]:
+    """Source files that are no longer what they were, and how."""
+    now = {path: identity(path) if os.path.exists(path) else None for path in sources}
+    return list(_source_changes(dict(sources), now))
+
+
+def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
+    """What makes two plans differ, in words."""
+    before, after = dict(_flat(old.about, "")), dict(_flat(new.about, ""))
+    found = [
+        f"{name} was {before.get(name, 'not set')}, is now {after.get(name, 'not set')}"
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name)
+    ]
+    paths = dict.fromkeys([*old.sources, *new.sources])
+    found += _source_changes({p: old.sources.get(p) for p in paths}, {p: new.sources.get(p) for p in paths})
+    return found or ["the files to write, or how they are put together"]
+
+
+def _source_changes(before: dict[str, Identity | None], after: dict[str, Identity | None]) -> Iterator[str]:
+    for path, old in before.items():
+        new = after[path]
+        if new == old:
+            continue
+        if old is None or new is None:
+            yield f"{path} is {'new' if old is None else 'gone'}"
+        elif old.size != new.size:
+            yield f"{path} had {old.size:,} bytes, has now {new.size:,}"
+        else:
+            yield f"{path} was modified"
+
+
+def _flat(value: object, name: str) -> Iterator[tuple[str, str]]:
+    """Nested options as (dotted name, value as text)."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, json.dumps(value)
+
+
+def validate(plan: Plan) -> None:
+    """Refuse, before the first byte, a plan that would not give the files it promises, or would write elsewhere."""
+    seen: set[str] = set()
+    for file in plan.files:
+        path = file.path
+        if path != posixpath.normpath(path) or path.startswith(("/", "..", OURS)) or path in (".", MANIFEST):
+            raise PlanError(f"the plan would write {path!r}, which is no name for a file of a checkpoint")
+        if path in seen:
+            raise PlanError(f"the plan writes {path} twice")
+        seen.add(path)
+        _validate_file(file)
+    for path in seen:
+        folder = posixpath.dirname(path)
+        while folder:
+            if folder in seen:
+                raise PlanError(f"the plan uses {folder} as a file and as a folder")
+            folder = posixpath.dirname(folder)
+    for check in plan.checks:
+        if (check.kept.shape, check.kept.dtype) != (check.copy.shape, check.copy.dtype):
+            raise PlanError(f"{check.name}: copies of unlike shape or dtype cannot be compared ({check.where})")
+
+
+def _validate_file(file: File) -> None:
+    """Segments must tile it; names within it must differ; checksums must be of segments that have their bytes first."""
+    at = 0
+    names: set[str] = set()
+    for segment in file.segments:
+        if segment.offset != at:
+            raise PlanError(
+                f"{file.path}: a segment begins at byte {segment.offset}, expected {at}: a gap or an overlap"
+            )
+        at += segment.nbytes
+        body = segment.body
+        if isinstance(body, Tensor):
+            if segment.name in names:
+                raise PlanError(f"{file.path}: two tensors are called {segment.name!r}")
+            names.add(segment.name)
+        elif isinstance(body, Late):
+            for position, index in body.crcs:
+                if not 0 <= position <= body.nbytes - 4 or isinstance(file.segments[index].body, Late):
+                    raise PlanError(
+                        f"{file.path}: a checksum at {position} of a segment of {body.nbytes} bytes cannot be"
+                    )
+    if at != file.size:
+        raise PlanError(f"{file.path}: its segments end at byte {at}, its size is {file.size}")

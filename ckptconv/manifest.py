@@ -1,0 +1,166 @@
+"""`ckptconv.json`, the manifest beside a result: where it came from and digests of every byte, to check it by later.
+
+It names no time, host, user or absolute path: equal inputs give equal bytes. A tensor's digest is xxh3_128 of its
+bytes, or, past one piece, of its pieces' digests in order. A file's `rest` is that of its bytes that are in no tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from ckptconv.errors import FormatError
+from ckptconv.fingerprint import MANIFEST
+from ckptconv.moves import Move
+from ckptconv.units import PIECE, pieces
+
+_VERSION = 1
+_BUFFER = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """A tensor as stored: where in its file, its digest (hex), and the source files its bytes came from."""
+
+    name: str
+    offset: int
+    nbytes: int
+    digest: str
+    origin: tuple[str, ...] = ()
+
+    def line(self) -> str:
+        """As it stands in the manifest."""
+        facts = {"offset": self.offset, "nbytes": self.nbytes, "xxh3_128": self.digest, "from": self.origin}
+        return f"{json.dumps(self.name)}: {json.dumps(facts)}"
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    path: str
+    size: int
+    rest: str
+    tensors: tuple[TensorEntry, ...]
+
+    def line(self) -> str:
+        """As it stands in the manifest, a line for each tensor."""
+        inside = ",\n".join("   " + tensor.line() for tensor in self.tensors)
+        facts = f'{{"size": {self.size}, "rest": "{self.rest}", "tensors": {{'
+        return f"  {json.dumps(self.path)}: {facts}" + (f"\n{inside}\n  }}}}" if inside else "}}")
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A manifest read back; `sources` are the source files and their sizes."""
+
+    about: dict[str, Any]
+    sources: dict[str, int]
+    files: dict[str, FileEntry]
+
+
+def render(about: dict[str, object], sources: dict[str, int], files: Iterable[FileEntry]) -> Iterator[bytes]:
+    """The manifest's bytes, made as they are asked for: a big one is never whole in memory."""
+    head = {"manifest": _VERSION, "digest": "xxh3_128", "piece": PIECE, "about": about, "sources": sources}
+    yield json.dumps(head, indent=1, sort_keys=True).removesuffix("\n}").encode() + b',\n "files": {'
+    separator = "\n"
+    for file in files:
+        yield f"{separator}{file.line()}".encode()
+        separator = ",\n"
+    yield b"\n }\n}\n"
+
+
+def origins(moves: Sequence[Move], root: str) -> tuple[str, ...]:
+    """The source files of a tensor, relative to `root`, in the order of first use."""
+    return tuple(dict.fromkeys(relative(move.source.path, root) for move in moves if move.source is not None))
+
+
+def relative(path: str, root: str) -> str:
+    """A source's name as it may be published: never absolute, and no way out of `root`."""
+    name = os.path.relpath(path, root) if root else os.path.basename(path)
+    return os.path.basename(path) if name.startswith("..") else name.replace(os.sep, "/")
+
+
+def digest_of(parts: Sequence[bytes]) -> str:
+    """A tensor's digest, of those of its pieces."""
+    return (parts[0] if len(parts) == 1 else xxhash.xxh3_128_digest(b"".join(parts))).hex()
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
+    """The manifest of a result, or None where there is none."""
+    path = os.path.join(folder, MANIFEST)
+    try:
+        with open(path, "rb") as file:
+            facts = json.load(file)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise FormatError(path, f"is not JSON: {error}") from None
+    try:
+        if (facts["manifest"], facts["digest"], facts["piece"]) != (_VERSION, "xxh3_128", PIECE):
+            raise FormatError(path, f"is of a kind this version does not know (manifest {facts['manifest']})")
+        files = {name: _file_entry(name, entry) for name, entry in facts["files"].items()}
+        return Manifest(dict(facts["about"]), dict(facts["sources"]), files)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(path, f"is not a manifest of ckptconv ({error!r})") from None
+
+
+def _file_entry(path: str, facts: dict[str, Any]) -> FileEntry:
+    if os.path.isabs(path) or ".." in path.split("/"):
+        raise ValueError(f"{path!r} is outside the folder")
+    tensors = tuple(
+        TensorEntry(name, int(t["offset"]), int(t["nbytes"]), str(t["xxh3_128"]), tuple(t["from"]))
+        for name, t in facts["tensors"].items()
+    )
+    return FileEntry(path, int(facts["size"]), str(facts["rest"]), tensors)
+
+
+def damage(folder: str | os.PathLike[str], manifest: Manifest) -> list[str]:
+    """Read the whole result and say what of it is not as it was written."""
+    found: list[str] = []
+    buffer = bytearray(_BUFFER)
+    for entry in manifest.files.values():
+        path = os.path.join(folder, entry.path)
+        try:
+            with open(path, "rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != entry.size:
+                    found.append(f"{entry.path}: has {size:,} bytes, expected {entry.size:,}")
+                    continue
+                found += [f"{entry.path}: {problem}" for problem in _file_damage(file.fileno(), entry, buffer)]
+        except OSError as error:
+            found.append(f"{entry.path}: {error.strerror}")
+    return found
+
+
+def _file_damage(fd: int, entry: FileEntry, buffer: bytearray) -> Iterator[str]:
+    rest = xxhash.xxh3_128()
+    at = 0
+    for tensor in sorted(entry.tensors, key=lambda t: t.offset):
+        _hash_range(fd, at, tensor.offset, buffer, rest)
+        at = tensor.offset + tensor.nbytes
+        digests = []
+        for _, lo, hi in pieces(tensor.nbytes):
+            piece = xxhash.xxh3_128()
+            _hash_range(fd, tensor.offset + lo, tensor.offset + hi, buffer, piece)
+            digests.append(piece.digest())
+        if digest_of(digests) != tensor.digest:
+            yield f"tensor {tensor.name} is not the one that was written (bytes {tensor.offset}..{at})"
+    _hash_range(fd, at, entry.size, buffer, rest)
+    if rest.hexdigest() != entry.rest:
+        yield "bytes outside the tensors are not the ones that were written"
+
+
+def _hash_range(fd: int, start: int, stop: int, buffer: bytearray, into: xxhash.xxh3_128) -> None:
+    view = memoryview(buffer)
+    while start < stop:
+        n = os.preadv(fd, [view[: min(len(view), stop - start)]], start)
+        if n == 0:
+            return  # the file shrank since its size was taken: the digest will tell
+        into.update(view[:n])
+        start += n

@@ -66,8 +66,8 @@ def rank_model(w: dict[str, Any], version: float, t: int, tp: int, spelling: dic
             encoder |= {f"{s}{theirs}.{x}": w[p + f"{ours}.{x}"] for x in ("weight", "bias")}
         a = s + spelling["attention"]
         for x in ("weight", "bias"):
-            qkv = [part(p + f"attn.{y}.{x}") for y in "qkv"]
-            encoder[f"{a}.query_key_value.{x}"] = order(version, *qkv, HEADS // tp)
+            q, k, v = (part(p + f"attn.{y}.{x}") for y in "qkv")
+            encoder[f"{a}.query_key_value.{x}"] = order(version, q, k, v, HEADS // tp)
         encoder |= {f"{a}.dense.weight": part(p + "attn.o.weight", 1), f"{a}.dense.bias": w[p + "attn.o.bias"]}
         encoder |= {
             f"{s}mlp.dense_h_to_4h.weight": part(p + "mlp.up.weight"),

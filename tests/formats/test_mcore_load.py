@@ -23,7 +23,7 @@ from ckptconv.formats.mcore import Mcore, McoreLoad  # noqa: E402
 GOLDEN = Path(__file__).parent.parent / "golden" / "mlm"
 MCORE = Mcore()
 LAYERS, HIDDEN, HEADS, GROUPS, DIM, FFN, ROWS, VOCAB, EXPERTS = 4, 16, 4, 2, 8, 24, 40, 37, 4
-Edit = Callable[[dict[tuple[int, ...], dict[str, Any]]], None]
+Edit = Callable[[dict[tuple[int, ...], dict[str, Any]]], object]
 
 
 def weights(experts: int = 0) -> dict[str, Any]:
@@ -112,7 +112,11 @@ def make(
     for v, p in ((v, p) for v in range(vpp) for p in range(pp)):
         starts[v, p] = at
         at += counts[v][p]
-    said = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "expert_model_parallel_size": ep}
+    said: dict[str, Any] = {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "expert_model_parallel_size": ep,
+    }
     said |= {"virtual_pipeline_model_parallel_size": vpp if vpp > 1 else None, "num_experts": experts or None}
     namespace = make_args(**(said | (args or {}))) if args is None or "absent" not in args else None
     places = sorted({(r % tp, r // etp % ep) for r in range(int(np.lcm(tp, ep * etp)))})
@@ -314,11 +318,11 @@ def drop_rank(*rank: int) -> Edit:
 
 
 def in_model(change: Callable[[dict[str, Any]], object], *rank: int) -> Edit:
-    return lambda ranks: [change(s["model"]) for r, s in ranks.items() if not rank or r == rank] and None
+    return lambda ranks: [change(s["model"]) for r, s in ranks.items() if not rank or r == rank]
 
 
 def in_saved(change: Callable[[dict[str, Any]], object], *rank: int) -> Edit:
-    return lambda ranks: [change(s) for r, s in ranks.items() if not rank or r == rank] and None
+    return lambda ranks: [change(s) for r, s in ranks.items() if not rank or r == rank]
 
 
 def new_args(saved: dict[str, Any], **changes: Any) -> None:
@@ -333,11 +337,11 @@ def rename_layer(model: dict[str, Any]) -> None:
 QKV = "decoder.layers.0.self_attention.linear_qkv.weight"
 REFUSED: dict[str, tuple[Edit, type[CkptconvError], str]] = {
     "last tensor rank missing": (
-        lambda ranks: [drop_rank(1, p, 0)(ranks) for p in (0, 1)] and None, FormatError, "tp: args say 2, the folders are those of 1"
+        lambda ranks: [drop_rank(1, p, 0)(ranks) for p in (0, 1)], FormatError, "tp: args say 2, the folders are those of 1"
     ),
     "one rank missing": (drop_rank(1, 1, 0), FormatError, "missing: pp 1 tp 1"),
     "first stage missing": (
-        lambda ranks: [drop_rank(t, 0, 0)(ranks) for t in (0, 1)] and None, FormatError, "no rank of pipeline stage 0"
+        lambda ranks: [drop_rank(t, 0, 0)(ranks) for t in (0, 1)], FormatError, "no rank of pipeline stage 0"
     ),
     "args say another tp": (in_saved(lambda s: new_args(s, tensor_model_parallel_size=4)), FormatError, "args say 4"),
     "args say another pp": (in_saved(lambda s: new_args(s, pipeline_model_parallel_size=4)), FormatError, "args say 4"),
@@ -416,8 +420,8 @@ def stray(name: str, content: bytes | None = None) -> Callable[[Path], None]:
     return act
 
 
-def copy_rank(to: str) -> Callable[[Path], None]:
-    return lambda folder: shutil.copytree(folder / "iter_0000007/mp_rank_00_000", folder / "iter_0000007" / to) and None
+def copy_rank(to: str) -> Callable[[Path], object]:
+    return lambda folder: shutil.copytree(folder / "iter_0000007/mp_rank_00_000", folder / "iter_0000007" / to)
 
 
 def truncate(folder: Path) -> None:

@@ -74,6 +74,11 @@ def make_options(kind: type, values: Dict[str, object], flag: str, name: str) ->
     )
 
 
+def switches(kind: type) -> set[str]:
+    """The options of yes or no."""
+    return {name for name, hint in get_type_hints(kind).items() if hint is bool}
+
+
 def _read(hint: object, value: object, flag: str) -> object:
     """A value given as text, as the type a field declares."""
     if not isinstance(value, str):

@@ -122,8 +122,10 @@ def plan_reshard(ctx: click.Context, /, src: Path, dst: Path, **params: Any) -> 
 
 def run(job: Job, dst: Path, params: dict[str, Any]) -> None:
     """Prepare, and unless it is a dry run execute, telling what happens."""
+    from dataclasses import asdict
+
     from ckptconv.cli import render
-    from ckptconv.cli.progress import human, progress
+    from ckptconv.cli.progress import progress
     from ckptconv.execute import execute
     from ckptconv.pipeline import check_places, prepare
 
@@ -131,21 +133,17 @@ def run(job: Job, dst: Path, params: dict[str, Any]) -> None:
     check_places(job.source, dst)
     prepared = prepare(job)
     if not params["quiet"]:
-        for note in prepared.stored.extras.notes:
-            click.echo(f"note: {note}", err=True)
+        render.show_notes(prepared)
     if params["dry_run"]:
         render.emit(render.plan_facts(prepared)) if params["as_json"] else render.show_plan(prepared)
         return
     report = execute(prepared.plan, dst, options, progress(quiet=params["quiet"] or params["as_json"]))
     if params["as_json"]:
-        render.emit({"dst": str(dst), **prepared.plan.about, "report": report})
+        losses = {name: loss._asdict() for name, loss in report.losses.items()}
+        render.emit({"dst": str(dst), **prepared.plan.about, "report": {**asdict(report), "losses": losses}})
         return
     if not params["quiet"]:
-        rate = report.bytes_written / report.seconds if report.seconds else 0
-        click.echo(
-            f"{report.tensors} tensors, {human(report.bytes_written)} in {report.seconds:.1f} s ({human(rate)}/s), peak memory {human(report.peak)}",
-            err=True,
-        )
+        render.show_report(report)
     click.echo(prepared.usage(str(dst)))
 
 

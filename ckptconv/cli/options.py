@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from ckptconv.pipeline import Job
 
 F = TypeVar("F", bound=Callable[..., Any])
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 class FormatCommand(click.Command):
@@ -31,21 +30,22 @@ class FormatCommand(click.Command):
             if not (item.startswith("--") and dot and side in found):
                 rest.append(item)
                 continue
-            if not equals and (value := next(items, "")) == "":
+            if not equals:
+                value = "true" if _is_switch(side, name) else next(items, "")
+            if not value:
                 raise click.UsageError(f"{flag} needs a value", ctx)
             found[side][name] = value
         ctx.meta["ckptconv.options"] = found
         return super().parse_args(ctx, rest)
 
 
-def parse_size(text: str) -> int:
-    """A size such as 64MB or 1.5GB (GB = 10**9)."""
-    number = text.strip().upper().rstrip("BKMGT ")
-    unit = text.strip().upper()[len(number) :].strip()
-    try:
-        return int(float(number) * UNITS[unit if unit.endswith("B") or not unit else unit + "B"])
-    except (ValueError, KeyError):
-        raise UsageError(f"size {text!r}: expected a number and one of KB, MB, GB, TB") from None
+def _is_switch(side: str, name: str) -> bool:
+    """Whether some format declares the option as a yes-or-no one, which needs no value."""
+    from ckptconv.registry import formats, switches
+
+    return any(
+        name.replace("-", "_") in switches(fmt.Load if side == "loader" else fmt.Save) for _, fmt in formats().values()
+    )
 
 
 def _stack(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -164,9 +164,10 @@ def make_job(ctx: click.Context, src: Path, saver: str | None, params: dict[str,
 
 def make_execute_options(params: dict[str, Any]) -> ExecuteOptions:
     from ckptconv.execute import ExecuteOptions
+    from ckptconv.sizes import parse_size
 
     return ExecuteOptions(
-        memory=parse_size(params["memory"]),
+        memory=parse_size(params["memory"], "--memory"),
         workers=params["workers"],
         force=params["force"],
         allow_overflow=params["allow_overflow"],

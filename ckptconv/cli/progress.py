@@ -7,14 +7,7 @@ import threading
 import time
 from typing import Any
 
-
-def human(nbytes: float) -> str:
-    """Bytes with GB = 10**9."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000 or unit == "GB":
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
-        nbytes /= 1000
-    return ""
+from ckptconv.sizes import human
 
 
 class Bar:

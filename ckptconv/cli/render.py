@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptconv.cli.progress import human
+from ckptconv.sizes import human
 
 if TYPE_CHECKING:
     from ckptconv.compare import Verdict
+    from ckptconv.execute import Report
     from ckptconv.pipeline import Prepared
     from ckptconv.tensor import Tensor
 
@@ -75,6 +76,33 @@ def show_plan(prepared: Prepared) -> None:
     click.echo(
         f"{len(facts['files'])} files, {human(facts['bytes'])} to write; {facts['replicas_to_compare']} replicas to compare"
     )
+
+
+def show_notes(prepared: Prepared) -> None:
+    """What to know before bytes move: notes, changes to the configuration, what is left out or not to be trusted."""
+    about = prepared.plan.about
+    lines = [f"note: {note}" for note in prepared.stored.extras.notes]
+    for key, label in (
+        ("dropped", "left out"),
+        ("config_changes", "config.json"),
+        ("config_untrusted", "config.json, not to be trusted"),
+    ):
+        items = about.get(key, [])
+        lines += [f"{label}: {item}" for item in items] if isinstance(items, list) else []
+    for line in lines:
+        click.echo(line, err=True)
+
+
+def show_report(report: Report) -> None:
+    rate = report.bytes_written / report.seconds if report.seconds else 0
+    resumed = f" ({human(report.bytes_resumed)} were there already)" if report.bytes_resumed else ""
+    click.echo(
+        f"{report.tensors} tensors, {human(report.bytes_written)} written{resumed} in {report.seconds:.1f} s "
+        f"({human(rate)}/s), peak memory {human(report.peak_memory)}",
+        err=True,
+    )
+    for name, loss in list(report.losses.items())[:SHOWN]:
+        click.echo(f"cast: {name}: {loss.to_inf} values became infinite, {loss.to_zero} became zero", err=True)
 
 
 def show_verdict(verdict: Verdict) -> None:

@@ -30,13 +30,14 @@ from ckptconv.formats.hf_files import (
     side_files,
 )
 from ckptconv.mapping import Mapping
-from ckptconv.mapping_files import chosen, families
+from ckptconv.mapping_files import chosen, families, family_names
 from ckptconv.plan import File, Plan, Segment
+from ckptconv.sizes import parse_size
 from ckptconv.source import Source, whole
 from ckptconv.tensor import Tensor, contiguous
 from ckptconv.topology import Rank, Topology, even
 
-UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
+SHARD_FLAG = "--saver.max-shard-size"
 UNTRUSTED = (
     "rope_theta (converters of Megatron-LM save 10000 for every model)",
     "rope_scaling",
@@ -111,14 +112,13 @@ class Hf:
 
     def target(self, checkpoint: Checkpoint, topology: Topology, options: HfSave, request: Request) -> Target:
         config = checkpoint.config
-        parse_size(options.max_shard_size)
+        parse_size(options.max_shard_size, SHARD_FLAG)
         if any(topology.degree(d) != 1 for d in ("tp", "pp", "vpp", "ep", "etp")):
             raise TopologyError("Hugging Face files hold whole tensors: no --tp, --pp, --vpp, --ep or --etp for them")
         if slots := sorted({k.slot for k in checkpoint.tensors} - {"param"}):
             state = ", ".join(slots)
             raise ConfigError(f"Hugging Face files have no place for {state}; --optimizer drop leaves it out")
-        family = family_named(request.family, request.mappings)
-        mapping = chosen(family.name if family else config.family, request.mappings)
+        mapping = chosen(_family(config, options, request), request.mappings)
         check_fits(config, mapping)
         rows = request.vocab or config.vocab
         if rows is None:
@@ -134,7 +134,7 @@ class Hf:
         table, changes = write_config(stored.config, start.base, stored.mapping)
         text = start.text if start.text is not None and not changes else config_text(table)
         (tensors,) = stored.ranks.values()
-        files = weight_files({k.name: t for k, t in tensors.items()}, parse_size(options.max_shard_size))
+        files = weight_files({k.name: t for k, t in tensors.items()}, parse_size(options.max_shard_size, SHARD_FLAG))
         files += [_copy(name, source) for name, source in sorted(start.files.items())]
         files.append(_final(CONFIG, text))
         about: dict[str, object] = {"config_changes": changes, "config_untrusted": list(start.untrusted)}
@@ -149,6 +149,22 @@ class Hf:
         if names:
             lines.append(f"tokenizer = AutoTokenizer.from_pretrained({dst!r})")
         return "\n".join(lines)
+
+
+def _family(config: ModelConfig, options: HfSave, request: Request) -> str:
+    """The family to write: as asked for, else the source's, else the template's."""
+    if (named := family_named(request.family, request.mappings)) is not None:
+        return named.name
+    if config.family in family_names():
+        return config.family
+    if options.template is None:
+        raise ConfigError(
+            "the source does not say which family of Hugging Face models it belongs to: give --saver.template FOLDER "
+            "(a Hugging Face folder of the same model), or --family NAME with --saver.config-from-args; "
+            f"known families: {', '.join(family_names())}"
+        )
+    path = _config_file(folder_of(options.template), None)
+    return family_of(json_file.parse(json_file.read_bytes(path), str(path)), families(), str(path)).name
 
 
 def _config_file(folder: Path, given: Path | None) -> Path:
@@ -226,18 +242,6 @@ def _checked(base: Table, where: str, stored: Stored, request: Request) -> Table
             f"({own!r}); give a config.json of the same family, or say the family with --family"
         )
     return base
-
-
-def parse_size(text: str) -> int:
-    """A size such as 5GB in bytes (GB = 10⁹), as huggingface_hub reads it."""
-    number, unit = text.strip()[:-2], text.strip()[-2:].upper()
-    try:
-        size = int(float(number) * UNITS[unit])
-    except (KeyError, ValueError, OverflowError):
-        size = 0
-    if size < 1:
-        raise UsageError(f"--saver.max-shard-size {text}: expected a number and one of {', '.join(UNITS)}, such as 5GB")
-    return size
 
 
 def split(tensors: Dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:

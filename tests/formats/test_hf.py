@@ -23,7 +23,7 @@ from ckptconv.checkpoint import Extras, Stored
 from ckptconv.dtypes import BF16, FP32
 from ckptconv.errors import ConfigError, FormatError, TopologyError, UsageError
 from ckptconv.formats import Request
-from ckptconv.formats.hf import Hf, HfLoad, HfSave, parse_size, split, weight_files
+from ckptconv.formats.hf import Hf, HfLoad, HfSave, split, weight_files
 from ckptconv.localize import localize
 from ckptconv.plan import Late, Plan
 from ckptconv.tensor import Fill
@@ -121,19 +121,6 @@ def test_split_equals_huggingface_hub(seed: int) -> None:
     state = {f"t{i}": torch.zeros(n) for i, n in enumerate(sizes)}
     theirs = split_torch_state_dict_into_shards(state, max_shard_size=400).filename_to_tensors
     assert [list(shard) for shard in ours] == list(theirs.values())
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("5GB", 5 * 10**9), ("0.5 MB", 500_000), ("1kb", 1000), ("2TB", 2 * 10**12)]
-)
-def test_shard_size_is_read_as_huggingface_does(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["5", "", "GB", "5GiB", "-1GB", "0GB", "nanGB", "infGB", "xMB"])
-def test_wrong_shard_size_is_a_usage_error(text: str) -> None:
-    with pytest.raises(UsageError, match="max-shard-size"):
-        parse_size(text)
 
 
 def to_bin(folder: Path, shards: int) -> None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from reprlib import repr as short_repr
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,24 +136,24 @@ def bytes_of(value: object) -> bytes | None:
 
 def to_numpy(value: object) -> NDArray[np.generic] | None:
     """A pickled numpy array of plain numbers as an array (RNG states), or None if that is not what the value is."""
-    if not isinstance(value, Opaque) or not value.module.endswith("core.multiarray") or value.name != "_reconstruct":
-        return None
-    match value.state:
-        case (
-            int(),
-            tuple() as shape,
-            Opaque(module="numpy", name="dtype") as kind,
-            bool() as fortran,
-            bytes() as data,
+    match value:
+        case Opaque(
+            name="_reconstruct",
+            state=(int(), tuple() as shape, Opaque(name="dtype") as kind, bool() as fortran, bytes() as data),
         ):
-            dtype = _plain_dtype(kind)
+            order: Literal["C", "F"] = "F" if fortran else "C"
+        case Opaque(
+            name="_frombuffer",
+            args=(bytes() | bytearray() as data, Opaque(name="dtype") as kind, tuple() as shape, "C" | "F" as order),
+        ):
+            pass
         case _:
             return None
+    dtype = _plain_dtype(kind)
     if dtype is None or not all(type(n) is int and n >= 0 for n in shape):
         return None
     try:
-        flat = np.frombuffer(data, dtype)
-        return flat.reshape(shape, order="F" if fortran else "C")
+        return np.frombuffer(data, dtype).reshape(shape, order=order)
     except ValueError:
         return None
 
@@ -241,7 +241,8 @@ _WRITABLE = frozenset(
     "types.SimpleNamespace _io.BytesIO io.BytesIO torch.Size torch.device torch.Tensor "
     "torch.nn.parameter.Parameter torch._tensor._rebuild_from_type_v2 torch._C.Generator "
     "megatron.core.optimizer.OptimizerConfig numpy.dtype numpy.ndarray numpy._core.multiarray._reconstruct "
-    "numpy.core.multiarray._reconstruct numpy._core.multiarray.scalar numpy.core.multiarray.scalar".split()
+    "numpy.core.multiarray._reconstruct numpy._core.multiarray.scalar "
+    "numpy._core.numeric._frombuffer numpy.core.multiarray.scalar".split()
 )
 
 

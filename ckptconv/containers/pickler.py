@@ -100,7 +100,7 @@ class Pickler:
             try:
                 raw = value.encode()
             except UnicodeEncodeError:
-                raise FormatError(self.where, f"{path!r} is text that UTF-8 cannot spell") from None
+                raise FormatError(self.where, f"{path} is text that UTF-8 cannot spell") from None
             self.out += (b"X", len(raw).to_bytes(4, "little"), raw)
             self.texts[value] = self._remember()
         else:

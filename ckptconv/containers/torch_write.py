@@ -38,7 +38,7 @@ def layout(path: str, obj: object, *, names: Mapping[str, str] | None = None, al
 
 
 class _Layout:
-    """Records one after another: plain bytes are gathered until a tensor or a CRC that is not known yet comes between."""
+    """Records one after another: plain bytes are gathered until a tensor comes between, whose CRC is not known."""
 
     def __init__(self, root: str) -> None:
         self.root = root

@@ -58,7 +58,7 @@ def resolve(evidence: Evidence) -> tuple[ModelConfig, tuple[str, ...]]:
     problems = conflicts(config, evidence.measured, label)
     if evidence.args is not None and (said := evidence.args.get("padded_vocab_size")) not in (None, rows):
         problems.append(f"padded_vocab_size: {evidence.args_where} says {said}, the embedding has {rows} rows")
-    vocab = _vocabulary(evidence, config, rows)
+    vocab, said_vocab = _vocabulary(evidence, config, rows)
     if vocab is not None and vocab > rows:
         problems.append(
             f"vocabulary: {vocab} does not fit the embedding's {rows} rows (--vocab-size states the true size)"
@@ -69,15 +69,22 @@ def resolve(evidence: Evidence) -> tuple[ModelConfig, tuple[str, ...]]:
     if config.learned_positions and evidence.measured.padded_positions:
         config = replace(config, max_positions=evidence.measured.padded_positions)
     config.check()
-    return config, notes
+    return config, (*notes, *said_vocab)
 
 
-def _vocabulary(evidence: Evidence, config: ModelConfig, rows: int) -> int | None:
+def _vocabulary(evidence: Evidence, config: ModelConfig, rows: int) -> tuple[int | None, tuple[str, ...]]:
+    """The true size: as asked for, as the config says, or as args say; args also where a config in `hf/` is of a larger one."""
     if evidence.vocab is not None:
-        return evidence.vocab
-    if evidence.config is not None:
-        return config.vocab or config.vocab_rows
-    return true_vocabulary(evidence.args, rows) if evidence.args is not None else None
+        return evidence.vocab, ()
+    said = true_vocabulary(evidence.args, rows) if evidence.args is not None else None
+    if evidence.config is None:
+        return said, ()
+    stated = config.vocab or config.vocab_rows
+    if stated > rows and said is not None and not evidence.given:
+        return said, (
+            f"vocabulary: {evidence.config_where} says {stated}, more than {rows} rows; {said} taken from args",
+        )
+    return stated, ()
 
 
 def _compare(config: ModelConfig, stated: Dict[str, object], evidence: Evidence) -> tuple[str, ...]:

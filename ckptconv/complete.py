@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import xxhash
@@ -26,6 +26,7 @@ class Completion:
 
     def __init__(self, plan: Plan, outputs: Outputs, done: dict[Claim, Proof]) -> None:
         self._plan, self._outputs, self._done = plan, outputs, done
+        self.wrote: Callable[[int], None] = lambda _: None  # told how many bytes, for the progress
         self._rest: dict[int, str] = {}  # file -> digest of what is not in a tensor
 
     def write_rest(self, covered: set[tuple[int, int]]) -> None:
@@ -71,6 +72,7 @@ class Completion:
             rest.update(data)
             if (f, s) not in covered:
                 self._outputs.write_at(f, memoryview(data), segment.offset)
+                self.wrote(len(data))
         self._rest[f] = rest.hexdigest()
 
     def _plain(self, f: int, file: File, s: int) -> bytes:
@@ -102,6 +104,7 @@ class Completion:
                 digest.update(out.data)
                 crc = crc32(out.data, crc)
                 self._outputs.write_at(f, out.data, base + at)
+                self.wrote(len(out))
             self._done[Claim(f, s, piece)] = Proof(digest.digest(), crc, loss)
 
     def _entries(self, root: str) -> Iterator[FileEntry]:

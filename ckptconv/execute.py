@@ -223,6 +223,7 @@ class _Run:
     def _finish(self) -> None:
         """All that is not a tensor; then, if the sources are still what they were, the seal."""
         options, partial = self.options, self.place.partial
+        self.completion.wrote = self.ledger.advance
         self.completion.write_rest(self.ledger.covered)
         self.outputs.sync([f for f, file in enumerate(self.plan.files) if not file.final])
         self.completion.write_final()

@@ -137,7 +137,8 @@ def _validate_file(file: File) -> None:
             names.add(segment.name)
         elif isinstance(body, Late):
             for position, index in body.crcs:
-                if not 0 <= position <= body.nbytes - 4 or isinstance(file.segments[index].body, Late):
+                of = file.segments[index].body if 0 <= index < len(file.segments) else body
+                if not 0 <= position <= body.nbytes - 4 or isinstance(of, Late):
                     raise PlanError(
                         f"{file.path}: a checksum at {position} of a segment of {body.nbytes} bytes cannot be"
                     )

@@ -136,9 +136,12 @@ class Journal:
                 raise ResumeError(f"{self.path} is not a journal of ckptconv: move it away")
             if not told.endswith(b"\n"):
                 return  # the very first write was cut short
-            facts = json.loads(told)
-            sources = {path: Identity(*values) for path, values in facts["sources"].items()}
-            self.identity = Fingerprint(head[len(_MAGIC) :].decode().strip(), facts["about"], sources)
+            try:
+                facts = json.loads(told)
+                sources = {path: Identity(*values) for path, values in facts["sources"].items()}
+                self.identity = Fingerprint(head[len(_MAGIC) :].decode().strip(), facts["about"], sources)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ResumeError(f"{self.path} is damaged: remove it, and the unfinished folder beside it") from None
             self._size = len(head) + len(told)
             block: list[bytes] = []
             for line in lines:

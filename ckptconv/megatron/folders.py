@@ -67,6 +67,13 @@ def is_distributed(path: Path) -> bool:
 
 def open_iteration(path: Path, wanted: Step = None) -> Iteration:
     """The iteration meant by a base or iteration folder; every rank folder of it is named, none is guessed."""
+    try:
+        return _open(path, wanted)
+    except OSError as error:
+        raise FormatError(error.filename or path, f"cannot be read: {error.strerror}") from None
+
+
+def _open(path: Path, wanted: Step) -> Iteration:
     if not path.is_dir():
         raise FormatError(path, "is not a folder; a Megatron checkpoint is a folder of iter_XXXXXXX/mp_rank_XX folders")
     _refuse_distributed(path)
@@ -106,6 +113,8 @@ def _number(wanted: int | str) -> int:
 
 
 def _read_tracker(path: Path) -> int | str:
+    if not path.is_file():
+        raise FormatError(path, "is not a regular file")
     with path.open("rb") as file:
         raw = file.read(64)
     text = raw.decode("ascii", "replace").strip()

@@ -10,7 +10,7 @@ from ckptconv.containers import json_file
 from ckptconv.errors import ConfigError, UsageError
 from ckptconv.family_config import family_of, read_config
 from ckptconv.formats import Request
-from ckptconv.formats.hf_files import CONFIG, side_files
+from ckptconv.formats.hf_files import CONFIG, inside, side_files
 from ckptconv.mapping import Mapping
 from ckptconv.mapping_files import chosen, families, family_names
 from ckptconv.source import Source, whole
@@ -28,7 +28,7 @@ class Beside:
 
 def find(given: Path | None, hf: Path | None, request: Request) -> Beside:
     """The config named by --loader.config, else the one in `hf/`. Side files come from the folder it lies in."""
-    path = _given(given) if given is not None else hf / CONFIG if hf is not None else None
+    path = _given(given) if given is not None else inside(hf, CONFIG) if hf is not None else None
     if path is None:
         return Beside()
     raw = json_file.read(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -137,6 +138,21 @@ def copy_rank(to: str) -> Callable[[Path], object]:
     return lambda folder: shutil.copytree(folder / "iter_0000007/mp_rank_00_000", folder / "iter_0000007" / to)
 
 
+def swap(path: Path, make_one: Callable[[Path], object]) -> None:
+    path.unlink()
+    make_one(path)
+
+
+def swap_tracker(folder: Path, make_one: Callable[[Path], object]) -> None:
+    swap(folder / "latest_checkpointed_iteration.txt", make_one)
+
+
+def link_out(folder: Path) -> None:
+    hf_config(folder / "elsewhere")
+    (folder / "hf").mkdir()
+    (folder / "hf" / "config.json").symlink_to(folder / "elsewhere" / "config.json")
+
+
 def truncate(folder: Path) -> None:
     path = folder / "iter_0000007/mp_rank_01_001/model_optim_rng.pt"
     path.write_bytes(path.read_bytes()[:-500])
@@ -165,6 +181,14 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], type[CkptconvError], str]] = 
         FormatError,
         "etc",
     ),
+    "tracker is a folder": (lambda f: swap_tracker(f, Path.mkdir), FormatError, "not a regular file"),
+    "tracker is a pipe": (lambda f: swap_tracker(f, os.mkfifo), FormatError, "not a regular file"),
+    "rank file is a pipe": (
+        lambda f: swap(f / "iter_0000007/mp_rank_01_001/model_optim_rng.pt", os.mkfifo),
+        FormatError,
+        "has no",
+    ),
+    "config of hf leads out": (link_out, FormatError, "leaves the folder"),
     "the same iteration twice": (lambda f: shutil.copytree(f / "iter_0000007", f / "iter_7"), FormatError, "twice"),
     "distributed checkpoint": (
         lambda f: (f / "iter_0000007/metadata.json").write_text("{}"),

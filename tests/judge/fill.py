@@ -136,7 +136,7 @@ def _stacked(hf: Tensors, spec: Spec, name: str) -> torch.Tensor:
 def _qkv(hf: Tensors, spec: Spec, kind: str) -> torch.Tensor:
     """Group by group: the queries of a key/value head, its key, its value."""
     q, k, v = (_stacked(hf, spec, f"self_attn.{n}_proj.{kind}") for n in "qkv")
-    parts = [t.unflatten(1, (spec.groups, -1)) for t in (q, k, v)]
+    parts = [t.reshape(spec.layers, spec.groups, -1, *t.shape[2:]) for t in (q, k, v)]
     return torch.cat(parts, 2).flatten(1, 2)
 
 

@@ -98,6 +98,8 @@ def _parallel(layout: Layout) -> dict[str, Any]:
         "num_layers_in_first_pipeline_stage": layout.first,
         "num_layers_in_last_pipeline_stage": layout.last,
         "pipeline_model_parallel_layout": layout.stages,
+        "account_for_embedding_in_pipeline_split": layout.count_embedding,
+        "account_for_loss_in_pipeline_split": layout.count_loss,
         "pipeline_dtype": torch.float32,
     }
 

@@ -6,6 +6,7 @@ Only device plumbing is replaced; what decides names, shapes, sharding and arith
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 import types
 import warnings
@@ -21,8 +22,7 @@ def prepare() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _replace_cuda_calls()
-        import megatron.core.models.gpt
-
+        importlib.import_module("megatron.core.models.gpt")
         _replace_megatron_calls()
 
 

@@ -25,7 +25,10 @@ TIMEOUT = 120.0
 
 @dataclass(frozen=True)
 class Layout:
-    """How Megatron-Core is started. `first`, `last`: layers of the first and last stage; `stages`: its layout string."""
+    """How Megatron-Core is started. `first`, `last`: layers of the first and last stage; `stages`: its layout string.
+
+    `count_embedding`, `count_loss`: the ends count as a layer each (account_for_…_in_pipeline_split).
+    """
 
     tp: int = 1
     pp: int = 1
@@ -35,6 +38,8 @@ class Layout:
     first: int | None = None
     last: int | None = None
     stages: str | None = None
+    count_embedding: bool = False
+    count_loss: bool = False
 
     @property
     def world(self) -> int:
@@ -42,7 +47,8 @@ class Layout:
 
     @property
     def name(self) -> str:
-        return "-".join(f"{k}{v}" for k, v in vars(self).items() if v not in (None, 1)) or "tp1"
+        said = {k: "" if v is True else v for k, v in vars(self).items() if v is True or v not in (None, False, 1)}
+        return "-".join(f"{k}{v}" for k, v in said.items()) or "tp1"
 
 
 def run_ranks(layout: Layout, job: Callable[[], T]) -> list[T]:
@@ -85,6 +91,7 @@ def _rank(layout: Layout, job: Callable[[], object], rank: int, store: str, end:
     try:
         warnings.simplefilter("ignore")
         torch.set_num_threads(1)
+        torch.compiler.set_stance("force_eager")  # GroupedMLP is decorated to be compiled
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         dist.init_process_group("gloo", init_method=f"file://{Path(store)}", rank=rank, world_size=layout.world)
         _join_groups(layout)
@@ -92,7 +99,7 @@ def _rank(layout: Layout, job: Callable[[], object], rank: int, store: str, end:
             answer = job()
         dist.barrier()
         end.send((True, answer))
-    except BaseException:
+    except BaseException:  # noqa: BLE001 (told to the parent, whatever it is)
         end.send((False, traceback.format_exc()))
         os._exit(1)
     os._exit(0)

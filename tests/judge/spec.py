@@ -63,8 +63,8 @@ def spec_from_hf(config: Config, tp: int = 1, divisor: int = 128) -> Spec:
 
 def spec_from_args(args: Namespace) -> Spec:
     """As Megatron's own start-up reads them back from a checkpoint: nothing is filled in, a missing field is an error."""
-    assert args.normalization == "RMSNorm" and args.swiglu and args.position_embedding_type == "rope"
-    assert args.rotary_percent == 1.0
+    fixed = (args.normalization, args.position_embedding_type, args.swiglu, args.rotary_percent)
+    assert fixed == ("RMSNorm", "rope", True, 1.0)
     return Spec(
         layers=args.num_layers,
         hidden=args.hidden_size,
@@ -87,18 +87,32 @@ def spec_from_args(args: Namespace) -> Spec:
 
 
 def layout_from_args(args: Namespace) -> Layout:
-    """The parallel layout a checkpoint says it has."""
-    ep, etp = getattr(args, "expert_model_parallel_size", 1), getattr(args, "expert_tensor_parallel_size", None)
+    """The parallel layout a checkpoint asks for, worked out as Megatron's `validate_args` does."""
     return Layout(
         tp=args.tensor_model_parallel_size,
         pp=args.pipeline_model_parallel_size,
-        ep=ep or 1,
-        etp=etp,
-        vpp=getattr(args, "virtual_pipeline_model_parallel_size", None),
-        first=getattr(args, "decoder_first_pipeline_num_layers", None),
-        last=getattr(args, "decoder_last_pipeline_num_layers", None),
-        stages=getattr(args, "pipeline_model_parallel_layout", None),
+        ep=args.expert_model_parallel_size,
+        etp=args.expert_tensor_parallel_size,
+        vpp=_virtual_stages(args),
+        first=args.decoder_first_pipeline_num_layers,
+        last=args.decoder_last_pipeline_num_layers,
+        stages=args.pipeline_model_parallel_layout,
+        count_embedding=args.account_for_embedding_in_pipeline_split,
+        count_loss=args.account_for_loss_in_pipeline_split,
     )
+
+
+def _virtual_stages(args: Namespace) -> int | None:
+    if args.pipeline_model_parallel_layout is not None:
+        stages: int = len(args.pipeline_model_parallel_layout.split("|")) // args.pipeline_model_parallel_size
+        return stages if stages > 1 else None
+    if args.num_virtual_stages_per_pipeline_rank is not None:
+        return int(args.num_virtual_stages_per_pipeline_rank)
+    if args.num_layers_per_virtual_pipeline_stage is None:
+        return None
+    counted = args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
+    layers: int = args.num_layers + counted
+    return layers // args.pipeline_model_parallel_size // int(args.num_layers_per_virtual_pipeline_stage)
 
 
 def grouped(spec: Spec) -> Spec:

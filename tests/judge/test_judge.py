@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.judge.fill import filled_logits, whole_tensors
+from tests.judge.fill import filled_logits
 from tests.judge.ranks import Layout, run_ranks
-from tests.judge.spec import spec_from_hf
 
 pytestmark = [pytest.mark.ranks, pytest.mark.xdist_group("ranks")]
 TOLERANCE = 1e-5
@@ -29,7 +28,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("kind, layout", CASES, ids=lambda x: x.name if isinstance(x, Layout) else x)
+@pytest.mark.parametrize(("kind", "layout"), CASES, ids=lambda x: x.name if isinstance(x, Layout) else x)
 def test_judge_filled_from_hf_computes_the_logits_of_transformers(
     kind: str, layout: Layout, hf: Callable[..., Path], ids: torch.Tensor, expected: Callable[[Path], Any]
 ) -> None:
@@ -50,23 +49,15 @@ def test_a_failing_rank_is_an_error_with_its_traceback() -> None:
     def job() -> None:
         raise ValueError("this very rank")
 
-    with pytest.raises(RuntimeError, match="rank 0:(?s:.*)this very rank"):
+    with pytest.raises(RuntimeError, match=r"rank 0:(?s:.*)this very rank"):
         run_ranks(Layout(), job)
 
 
-def test_the_logits_notice_every_single_tensor(hf: Callable[..., Path], expected: Callable[[Path], Any]) -> None:
-    """Two neighbouring layers' tensors swapped, or one tensor's rows turned, must move some logit by far more than we allow."""
-    import json
-
-    from safetensors.torch import load_file
-
-    folder = hf("llama")
-    spec = spec_from_hf(json.loads((folder / "config.json").read_text()))
-    assert whole_tensors(load_file(folder / "model.safetensors"), spec)
+def test_the_logits_notice_every_single_tensor(hf: Callable[..., Path], ids: torch.Tensor) -> None:
+    """One tensor's rows turned by one must move some logit by far more than we allow."""
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    ids = torch.randint(0, 131, (2, 17), generator=torch.Generator().manual_seed(7))
+    model = transformers.AutoModelForCausalLM.from_pretrained(hf("llama"), dtype=torch.float32)
     with torch.no_grad():
         plain = model(ids).logits
         for name, parameter in model.named_parameters():

@@ -292,3 +292,39 @@ def test_plan_says_what_was_written_for(tmp_path: Path) -> None:
     assert isinstance(notes, list)
     base = json.loads((QWEN / "hf" / "config.json").read_text())["rope_theta"]
     assert (base == 10000) == (not notes)
+
+
+UNEVEN: dict[str, tuple[dict[str, Any], dict[str, object]]] = {
+    "smaller first stage": ({"pp": 2, "pp_layers": "1,3"}, {"decoder_first_pipeline_num_layers": 1}),
+    "smaller last stage": ({"pp": 3, "pp_layers": "2,1,1"}, {"decoder_first_pipeline_num_layers": 2}),
+    "layout string": ({"pp": 4, "pp_layers": "0,2,1,1"}, {"pipeline_model_parallel_layout": "E|t*2|t|tL"}),
+    "virtual stages": (
+        {"pp": 2, "vpp": 2},
+        {"virtual_pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
+    ),
+    "virtual stages, uneven": (
+        {"pp": 2, "vpp": 2, "pp_layers": "1,0,2,1"},
+        {"pipeline_model_parallel_layout": "Et||t*2|tL"},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", UNEVEN)
+def test_stages_are_said_in_args_and_read_back(tmp_path: Path, what: str) -> None:
+    layout, said = UNEVEN[what]
+    convert(QWEN / "hf", tmp_path / "a", saver="mcore", tp=2, **layout)
+    args = vars(open_rank(tmp_path / "a" / "iter_0000001" / "mp_rank_01_000")["args"])
+    assert {name: args[name] for name in said} == said
+    convert(
+        tmp_path / "a",
+        tmp_path / "b",
+        tp=2,
+        pp=2,
+        vpp=1,
+        pp_layers="2,2",
+        saver_options={"mcore_version": "0.12", "te_version": "1.11"},
+    )
+    for folder in (QWEN / "out-v012-te-tp2pp2" / "iter_0000001").iterdir():
+        ours = dict(models(open_rank(tmp_path / "b" / "iter_0000001" / folder.name, safely=False)))
+        for name, value in models(open_rank(folder, safely=False)):
+            assert not isinstance(value, torch.Tensor) or torch.equal(ours[name], value), name

@@ -26,13 +26,20 @@ class Request:
 
 
 class Format(Protocol):
-    """One on-disk format. `options` is an instance of the class `Options`: its fields are flags --loader.x and --saver.x."""
+    """One on-disk format. `Load` and `Save` are frozen dataclasses: their fields are the flags --loader.x and --saver.x, and
+    `options` is an instance of one of them. (Properties here are plain class attributes in a format.)
+    """
 
-    name: str
-    summary: str
-    aliases: tuple[str, ...]
-    Load: type
-    Save: type
+    @property
+    def name(self) -> str: ...
+    @property
+    def summary(self) -> str: ...
+    @property
+    def aliases(self) -> tuple[str, ...]: ...
+    @property
+    def Load(self) -> type: ...  # noqa: N802 - a class, held as an attribute
+    @property
+    def Save(self) -> type: ...  # noqa: N802
 
     def sniff(self, path: Path) -> bool:
         """Whether the folder looks like this format, from names and headers alone."""

@@ -1,0 +1,68 @@
+"""Every built-in format and every mapping file keeps the contract that plug-ins are held to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ckptconv.formats.hf import Hf
+from ckptconv.formats.legacy import Legacy
+from ckptconv.formats.mcore import Mcore
+from ckptconv.mapping_files import mapping_paths
+from ckptconv.registry import BUILT_IN, formats
+from ckptconv.testing import FormatContract, MappingContract
+
+
+class TestHf(FormatContract):
+    format = Hf()
+    refuses = ({"tp": 2}, {"pp": 2}, {"ep": 2})
+    options = ({}, {"max-shard-size": "30KB"})
+
+
+class TestMcore(FormatContract):
+    format = Mcore()
+    models = ("llama", "llama-tied", "llama-bias", "qwen3", "mixtral")
+    topologies = ({}, {"tp": 2, "pp": 2}, {"tp": 8}, {"pp": 2, "vpp": 2}, {"tp": 2, "ep": 2})
+    refuses = ({"tp": 3}, {"pp": 3}, {"tp": 2, "etp": 4})
+    options = (
+        {},
+        {"transformer-impl": "local"},
+        {"mcore-version": "0.9"},
+        {"te-version": "1.8", "iteration": "release"},
+        {"iteration": "7"},
+    )
+
+
+class TestLegacy(FormatContract):
+    format = Legacy()
+    models = ("llama", "llama-tied", "llama-bias", "qwen2")
+    topologies = ({}, {"tp": 2, "pp": 2}, {"tp": 4}, {"pp": 2, "vpp": 2})
+    refuses = ({"tp": 3}, {"tp": 8}, {"ep": 2})
+    options = ({}, {"iteration": "release"})
+
+
+MAPPINGS: dict[str, dict[str, Any]] = {
+    "mcore": {"shapes": None},
+    "mcore-local": {"shapes": None},
+    "megatron-legacy": {
+        "shapes": ("dense", "tied", "qkv-bias", "biases", "layernorm"),
+        "refuses": ("tp8",),
+        "told_by_names": False,
+    },
+}
+for _name in mapping_paths():
+    globals()[f"Test_{_name}"] = type(
+        f"Test_{_name}", (MappingContract,), {"mapping": _name, **MAPPINGS.get(_name, {}), "__module__": __name__}
+    )
+
+
+def test_every_built_in_format_has_its_contract() -> None:
+    held = {c.format.name for c in (TestHf, TestMcore, TestLegacy)}
+    assert held == set(BUILT_IN) == {name for name, (origin, _) in formats().items() if origin == "built-in"}
+
+
+def test_every_mapping_is_found_by_name() -> None:
+    with pytest.raises(KeyError):
+        mapping_paths()["canonical"]
+    assert set(MAPPINGS) <= set(mapping_paths())

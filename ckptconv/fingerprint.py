@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from ckptconv.errors import PlanError
+from ckptconv.errors import FormatError, PlanError
 from ckptconv.plan import File, Late, Plan
 from ckptconv.source import Identity, identity
 from ckptconv.tensor import Tensor
@@ -31,29 +31,48 @@ class Fingerprint(NamedTuple):
 def fingerprint(plan: Plan) -> Fingerprint:
     """Looks at every source file, opens none."""
     digest = xxhash.xxh3_128()
-    numbers: dict[str, int] = {}
+    numbers = _Numbers()
     for file in plan.files:
         digest.update(marshal.dumps((file.path, file.size, file.final), 2))
         for segment in file.segments:
             digest.update(marshal.dumps((segment.offset, segment.name, _recipe(segment.body, numbers)), 2))
     for check in plan.checks:
         digest.update(marshal.dumps((check.name, _recipe(check.kept, numbers), _recipe(check.copy, numbers)), 2))
-    sources = {os.path.abspath(path): identity(path) for path in numbers}
+    sources = {os.path.abspath(path): numbers.checked(path) for path in numbers.ends}
     about = json.dumps(plan.about, sort_keys=True)
     digest.update(json.dumps([about, list(sources.items())]).encode())
     return Fingerprint(digest.hexdigest(), json.loads(about), sources)
 
 
-def _recipe(body: Tensor | bytes | Late, numbers: dict[str, int]) -> Any:
+class _Numbers:
+    """Numbers source files, and remembers how much of each is read."""
+
+    def __init__(self) -> None:
+        self.ends: dict[str, int] = {}
+        self._numbers: dict[str, int] = {}
+
+    def of(self, path: str, end: int) -> int:
+        self.ends[path] = max(end, self.ends.get(path, 0))
+        return self._numbers.setdefault(path, len(self._numbers))
+
+    def checked(self, path: str) -> Identity:
+        """The file's identity; an error if it is shorter than what will be read of it."""
+        known = identity(path)
+        if known.size < self.ends[path]:
+            raise FormatError(path, f"has {known.size:,} bytes, {self.ends[path]:,} are expected; is it truncated?")
+        return known
+
+
+def _recipe(body: Tensor | bytes | Late, numbers: _Numbers) -> Any:
     """What makes the bytes, as plain tuples; sources are numbered, so that a long path is hashed once."""
     if isinstance(body, bytes):
         return body
     if isinstance(body, Late):
         return body.template, body.crcs
     moves = []
-    for source, *rest, fns in body.lower():
-        number = -1 if source is None else numbers.setdefault(source.path, len(numbers))
-        moves.append((number, *rest, *map(repr, fns)))
+    for move in body.lower():
+        number = -1 if move.source is None else numbers.of(move.source.path, move.offset + move.span)
+        moves.append((number, *move[1:-1], *map(repr, move.fns)))
     return body.dtype.name, tuple(moves)
 
 

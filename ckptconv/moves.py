@@ -234,7 +234,7 @@ class Reader:
                 return
             if n == 0:
                 raise FormatError(
-                    path, f"ends at byte {offset}, but {want} more are expected there; is the file truncated?"
+                    path, f"nothing at byte {offset}, {want} more are expected there; is the file truncated?"
                 )
             offset, want = offset + n, want - n
             while n >= len(buffers[0]):

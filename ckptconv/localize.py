@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 
 from ckptconv.bind import Binding, bind, put_together
 from ckptconv.checkpoint import Checkpoint, Key, Stored, Target
@@ -46,7 +47,7 @@ class _Export:
         """A stored tensor in every slot that its atoms have."""
         for slot in self.slots:
             try:
-                whole = put_together(binding.expr, binding.env, lambda name, slot=slot: self.take(Key(name, slot)))
+                whole = put_together(binding.expr, binding.env, partial(self.take, slot))
             except KeyError:
                 self.note_absent(binding, slot, rank)
                 continue
@@ -57,7 +58,8 @@ class _Export:
                 continue
             yield Key(binding.stored, slot), whole if binding.box is None else whole.narrow(0, *binding.box)
 
-    def take(self, key: Key) -> Tensor:
+    def take(self, slot: str, name: str) -> Tensor:
+        key = Key(name, slot)
         tensor = self.tensors[key]
         self.used.add(key)
         return tensor

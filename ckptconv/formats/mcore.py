@@ -16,7 +16,7 @@ from ckptconv.megatron.extra_state import ExtraState
 from ckptconv.megatron.measure import MCORE
 from ckptconv.megatron.stages import pipeline_args
 from ckptconv.megatron.usage import usage
-from ckptconv.megatron.versions import NEWEST, NEWEST_TE, Core, Version, core_version, show, te_version
+from ckptconv.megatron.versions import NEWEST, PORTABLE_TE, Core, Version, core_version, show, te_version
 from ckptconv.plan import Plan
 from ckptconv.topology import Topology
 
@@ -48,8 +48,10 @@ class McoreSave:
         default=show(NEWEST), metadata={"help": "oldest Megatron-Core that must load the files, 0.9 to 0.16"}
     )
     te_version: str = field(
-        default=show(NEWEST_TE),
-        metadata={"help": "TransformerEngine that loads them: decides the kind of _extra_state entries"},
+        default=show(PORTABLE_TE),
+        metadata={
+            "help": "TransformerEngine that loads them: decides the kind of _extra_state entries (the default loads in 1.13 and newer)"
+        },
     )
     iteration: int | str | None = field(
         default=None, metadata={"help": "iteration to save as, or release (default: the source's; 1 from Hugging Face)"}

@@ -9,7 +9,7 @@ from ckptconv.errors import UsageError
 
 OLDEST = (0, 9)
 NEWEST = (0, 16)
-NEWEST_TE = (2, 4)
+PORTABLE_TE = (2, 0)  # what it stores is read by every 1.x from 1.13 and every 2.x whose source was read (to 2.8)
 
 Version = tuple[int, int]
 
@@ -28,7 +28,7 @@ def te_version(text: str) -> Version:
     match = re.fullmatch(r"v?(\d+)\.(\d+)(?:\.\w+)*", text)
     if not match or (int(match[1]), int(match[2])) < (0, 12):
         raise UsageError(
-            f"--saver.te-version {text}: give a version such as {show(NEWEST_TE)}; 0.12 is the oldest known"
+            f"--saver.te-version {text}: give a version such as {show(PORTABLE_TE)}; 0.12 is the oldest known"
         )
     return int(match[1]), int(match[2])
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from reprlib import repr as short_repr
 from typing import NoReturn
 
 from ckptconv.containers.ranges import HeaderReader, Place, locate
@@ -139,22 +140,24 @@ def _metadata(value: object, where: str) -> dict[str, str]:
 
 
 def _dtype(code: object) -> DType:
-    dtype = BY_SAFETENSORS.get(code) if isinstance(code, str) else None
+    if not isinstance(code, str):
+        raise ValueError(f"dtype {short_repr(code)} is not a name")
+    dtype = BY_SAFETENSORS.get(code)
     if dtype is None:
         hint = " (sub-byte, complex and unsigned-zero types are not supported)" if code in _RANK else ""
-        raise ValueError(f"dtype {code!r} is unknown{hint}")
+        raise ValueError(f"dtype {short_repr(code)} is unknown{hint}")
     return dtype
 
 
 def _list(value: object) -> list[object]:
     if not isinstance(value, list):
-        raise ValueError(f"{value!r} is not a list")
+        raise ValueError(f"{short_repr(value)} is not a list")
     return value
 
 
 def _natural(value: object) -> int:
     if type(value) is not int or value < 0:  # bool is an int in Python, and not here
-        raise ValueError(f"{value!r} is not a number of 0 or more")
+        raise ValueError(f"{short_repr(value)} is not a number of 0 or more")
     return value
 
 

@@ -235,6 +235,8 @@ def check_bounds(root: object, where: str) -> None:
             if here in unfinished:
                 raise FormatError(where, "the pickle holds an object that contains itself")
             unfinished.add(here)
+            if len(unfinished) > MAX_DEPTH:  # these are the values around this one
+                break
             todo.append((value, True))
             todo += [(v, False) for v in _inside(value) if isinstance(v, _HOLDERS) and id(v) not in seen]
             continue
@@ -243,8 +245,11 @@ def check_bounds(root: object, where: str) -> None:
             h, s = seen.get(id(v), (0, 1)) if isinstance(v, _HOLDERS) else (0, 1)
             height, size = max(height, h + 1), size + s
         if height > MAX_DEPTH:
-            raise FormatError(where, f"the pickle is nested deeper than {MAX_DEPTH}")
+            break
         if size > MAX_EXPANDED:
             raise FormatError(where, f"the pickle unfolds into more than {MAX_EXPANDED} values (a bomb)")
         unfinished.discard(here)
         seen[here] = (height, size)
+    else:
+        return
+    raise FormatError(where, f"the pickle is nested deeper than {MAX_DEPTH}")

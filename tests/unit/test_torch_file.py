@@ -169,8 +169,7 @@ def test_file_without_checksums_is_read_but_not_checked(tmp_path: Path) -> None:
 
 
 def test_read_fifty_thousand_tensors_quickly(tmp_path: Path) -> None:
-    one = torch.zeros(1)
-    torch.save({f"layers.{i}.weight": one for i in range(50_000)}, tmp_path / "x.pt")
+    torch.save({f"layers.{i}.weight": torch.zeros(1) for i in range(50_000)}, tmp_path / "x.pt")
     start = time.process_time()
     torch_file.read(tmp_path / "x.pt")
-    assert time.process_time() - start < 4  # about 1 s; the bound allows for a busy machine
+    assert time.process_time() - start < 5  # about 1.5 s; the bound allows for a busy machine

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import pickle
 import struct
+import time
 import types
+import zipfile
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from ckptconv.containers.pickled import Namespace, Opaque, TorchDType, bytes_of, to_numpy
+from ckptconv.errors import FormatError
 from ckptconv.plan import File, Late
 from ckptconv.tensor import Tensor
 
@@ -63,6 +69,53 @@ STUB_PICKLE = types.SimpleNamespace(__name__="stub", Unpickler=_StubUnpickler, l
 def torch_load(path: Path, **options: Any) -> Any:
     """torch.load of one of our own goldens."""
     return torch.load(path, weights_only=False, pickle_module=STUB_PICKLE, **options)
+
+
+def stored_zip(records: dict[str, bytes], path: Path) -> Path:
+    """A zip of stored records as zipfile writes it."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in records.items():
+            archive.writestr(zipfile.ZipInfo(name), content)
+    return path
+
+
+def torch_zip(pickled: bytes, path: Path, **records: bytes) -> Path:
+    """A torch file around any pickle; `data_0=…` is the record data/0."""
+    named = {f"x/{name.replace('_', '/')}": content for name, content in records.items()}
+    return stored_zip({"x/data.pkl": pickled, **named, "x/byteorder": b"little", "x/version": b"3\n"}, path)
+
+
+@contextlib.contextmanager
+def refused(path: Path, member: str = "", match: str | None = None) -> Iterator[None]:
+    """The block raises a FormatError that names the file (and the member), in under five seconds."""
+    start = time.monotonic()
+    with pytest.raises(FormatError, match=match) as caught:
+        yield
+    assert caught.value.where.partition("!")[0] == str(path)
+    assert member in caught.value.where
+    assert time.monotonic() - start < 5
+
+
+def attempt(path: Path, read: Callable[[Path], object]) -> object:
+    """What the file reads as, or None where it is refused by name; any other error comes through."""
+    where = str(path)
+    try:
+        return read(path)
+    except FormatError as error:
+        where = error.where
+    assert where.partition("!")[0] == str(path)
+    return None
+
+
+def flatten(value: object) -> str:
+    """All that a reading means, tensors with their bits, as a text to compare."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype}{value.shape}{value.numpy().tobytes().hex()}"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{k!r}: {flatten(v)}' for k, v in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(map(flatten, value))})"
+    return flatten(value.__dict__) if isinstance(value, Namespace) else repr(value)
 
 
 def bits(tensor: torch.Tensor) -> bytes:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ckptconv.errors import MappingError
 from ckptconv.mapping import Alternative, Apply, Expr, Mapping, Rule, parse_rules, validate
-from ckptconv.vocabulary import Vocabulary, parse_vocabulary, words
+from ckptconv.vocabulary import VARIABLE, Vocabulary, parse_vocabulary, words
 
 ENTRY_POINTS = "ckptconv.mappings"
 TABLES = {"match", "config", "cut", "deal", "excess", "aliases"}
@@ -151,17 +151,36 @@ def _using(raw: dict[str, object]) -> list[dict[str, object]]:
 def _used(block: dict[str, object], chain: tuple[str, ...]) -> Mapping:
     name = str(block["use"])
     if name not in mapping_paths():
-        raise MappingError(f"{chain[-1]}: uses {name!r}, which is not known; known: {', '.join(sorted(mapping_paths()))}")
+        raise MappingError(
+            f"{chain[-1]}: uses {name!r}, which is not known; known: {', '.join(sorted(mapping_paths()))}"
+        )
     return _build(name, mapping_paths()[name][1], chain)
 
 
 def _rules(raw: dict[str, object], parent: Mapping | None, path: Path, chain: tuple[str, ...]) -> tuple[Rule, ...]:
-    """The parent's rules, with ours in their place or behind them."""
-    rules: dict[str, Rule | None] = {r.stored: r for r in parent.rules} if parent else {}
+    """The parent's rules with ours in their place; a new one stands behind the last that has the same first index variable."""
+    rules = list(parent.rules) if parent else []
     for block in _using(raw):
-        rules |= {r.stored: r for r in _prefixed(_used(block, chain).rules, block)}
-    rules |= parse_rules(raw, str(path))
-    return tuple(rule for rule in rules.values() if rule is not None)
+        rules += _prefixed(_used(block, chain).rules, block)
+    own = parse_rules(raw, str(path))
+    if not rules:
+        return tuple(rule for rule in own.values() if rule is not None)
+    added: dict[tuple[str, ...], list[Rule]] = {}
+    for stored, rule in own.items():
+        at = next((i for i, known in enumerate(rules) if known.stored == stored), None)
+        if at is not None:
+            rules[at : at + 1] = [rule] if rule else []
+        elif rule is not None:
+            added.setdefault(_variables(stored)[:1], []).append(rule)
+    for first, new in added.items():
+        alike = [i for i, known in enumerate(rules) if _variables(known.stored)[:1] == first]
+        at = alike[-1] + 1 if alike else len(rules)
+        rules[at:at] = new
+    return tuple(rules)
+
+
+def _variables(stored: str) -> tuple[str, ...]:
+    return tuple(VARIABLE.findall(stored))
 
 
 def _prefixed(rules: Sequence[Rule], block: dict[str, object]) -> list[Rule]:

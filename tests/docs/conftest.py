@@ -1,0 +1,65 @@
+"""What tests of the documentation share: files written out of a document, plug-ins installed from them, commands run with them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+BLOCK = re.compile(r"<!-- file: (\S+) -->\n+```\w*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+Install = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def doc_files() -> Callable[[str, Path], Path]:
+    """Write the files that a document shows (each block behind `<!-- file: NAME -->`) into a folder."""
+
+    def write(document: str, folder: Path) -> Path:
+        blocks = BLOCK.findall((DOCS / document).read_text())
+        assert blocks, f"{document} shows no files"
+        for name, text in blocks:
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def install() -> Install:
+    """pip install of a project into a folder of its own, as a user does but without the network."""
+
+    def one(project: Path, target: Path) -> Path:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        subprocess.run([*pip, "--no-build-isolation", "--no-index", "--target", target, project], check=True)
+        return target
+
+    return one
+
+
+@pytest.fixture(scope="session")
+def run() -> Run:
+    """Run `python -m ARGS…`, with folders of installed plug-ins on the path."""
+
+    def one(*args: str | Path, plugins: tuple[Path, ...] = (), cwd: Path | None = None, code: int = 0) -> object:
+        path = os.pathsep.join(map(str, plugins))
+        done = subprocess.run(
+            [sys.executable, "-m", *map(str, args)],
+            capture_output=True,
+            text=True,
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": path, "COLUMNS": "100"},
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    return one  # type: ignore[return-value]

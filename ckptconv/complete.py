@@ -12,12 +12,12 @@ import xxhash
 from ckptconv.crc import crc32, crc32_combine
 from ckptconv.fingerprint import MANIFEST, Fingerprint
 from ckptconv.journal import Proof
-from ckptconv.manifest import FileEntry, TensorEntry, digest_of, origins, relative, render
+from ckptconv.manifest import FileEntry, Names, TensorEntry, digest_of, relative, render
 from ckptconv.moves import Reader
 from ckptconv.outputs import Outputs, write_file
 from ckptconv.plan import File, Late, Plan
 from ckptconv.tensor import Tensor
-from ckptconv.units import CHUNK, Claim, pieces
+from ckptconv.units import CHUNK, PIECE, Claim, pieces
 from ckptconv.values import Loss
 
 
@@ -89,9 +89,10 @@ class Completion:
         segment = file.segments[s]
         if isinstance(segment.body, bytes):
             return crc32(segment.body, 0)
-        total = 0
-        for piece, lo, hi in pieces(segment.nbytes):
-            total = crc32_combine(total, self._done[Claim(f, s, piece)].crc, hi - lo)
+        total, nbytes = self._done[Claim(f, s, 0)].crc, segment.nbytes
+        for piece, lo, hi in pieces(nbytes) if nbytes > PIECE else ():
+            if piece:
+                total = crc32_combine(total, self._done[Claim(f, s, piece)].crc, hi - lo)
         return total
 
     def _write_tensor(self, reader: Reader, f: int, s: int, base: int, tensor: Tensor) -> None:
@@ -108,12 +109,13 @@ class Completion:
             self._done[Claim(f, s, piece)] = Proof(digest.digest(), crc, loss)
 
     def _entries(self, root: str) -> Iterator[FileEntry]:
+        names = Names(root)
         for f, file in enumerate(self._plan.files):
             tensors = []
             for s, segment in enumerate(file.segments):
                 if isinstance(segment.body, Tensor):
                     parts = [self._done[Claim(f, s, piece)].digest for piece, _, _ in pieces(segment.nbytes)]
-                    came = origins(segment.body.lower(), root)
+                    came = names.of(segment.body)
                     tensors.append(TensorEntry(segment.name, segment.offset, segment.nbytes, digest_of(parts), came))
             yield FileEntry(file.path, file.size, self._rest[f], tuple(tensors))
 

@@ -16,7 +16,7 @@ import xxhash
 
 from ckptconv.errors import FormatError
 from ckptconv.fingerprint import MANIFEST
-from ckptconv.moves import Move
+from ckptconv.tensor import Tensor, View
 from ckptconv.units import PIECE, pieces
 
 _VERSION = 1
@@ -35,8 +35,9 @@ class TensorEntry:
 
     def line(self) -> str:
         """As it stands in the manifest."""
-        facts = {"offset": self.offset, "nbytes": self.nbytes, "xxh3_128": self.digest, "from": self.origin}
-        return f"{json.dumps(self.name)}: {json.dumps(facts)}"
+        name, origin = _quoted(self.name), "[" + ", ".join(map(_quoted, self.origin)) + "]"
+        facts = f'"offset": {self.offset}, "nbytes": {self.nbytes}, "xxh3_128": "{self.digest}", "from": {origin}'
+        return f"{name}: {{{facts}}}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +74,27 @@ def render(about: dict[str, object], sources: dict[str, int], files: Iterable[Fi
     yield b"\n }\n}\n"
 
 
-def origins(moves: Sequence[Move], root: str) -> tuple[str, ...]:
-    """The source files of a tensor, relative to `root`, in the order of first use."""
-    return tuple(dict.fromkeys(relative(move.source.path, root) for move in moves if move.source is not None))
+_quoted = json.encoder.encode_basestring_ascii
+
+
+class Names:
+    """The source files of tensors, relative to `root`; each path is worked out once."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._known: dict[str, str] = {}
+
+    def of(self, tensor: Tensor) -> tuple[str, ...]:
+        """In the order of first use."""
+        if isinstance(tensor, View):
+            return (self._name(tensor.source.path),)
+        return tuple(dict.fromkeys(self._name(m.source.path) for m in tensor.lower() if m.source is not None))
+
+    def _name(self, path: str) -> str:
+        known = self._known.get(path)
+        if known is None:
+            known = self._known[path] = relative(path, self._root)
+        return known
 
 
 def relative(path: str, root: str) -> str:

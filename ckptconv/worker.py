@@ -156,21 +156,22 @@ class Worker:
         self._grow(unit.hi - unit.lo)
         out = self._buffer[: unit.hi - unit.lo]
         losses = self._fill_batch(unit, segments, out)
-        claims, crcs = [], {}
+        claims, crcs, memory = [], {}, out.data
         for s in unit.segments:
-            data = out[segments[s].offset - unit.lo :][: segments[s].nbytes]
+            at = segments[s].offset - unit.lo
+            data = memory[at : at + segments[s].nbytes]
             body = segments[s].body
             if self._summed[unit.file] and not isinstance(body, Late):
                 crcs[s] = crc32(data, 0)
             if isinstance(body, Tensor):
-                digest = xxhash.xxh3_128_digest(data.data)
+                digest = xxhash.xxh3_128_digest(data)
                 claims.append((Claim(unit.file, s, 0), Proof(digest, crcs.get(s, 0), losses.get(s, NO_LOSS))))
         for s in unit.segments:
             body = segments[s].body
             if isinstance(body, Late):
                 for position, of in body.crcs:
-                    struct.pack_into("<I", out.data, segments[s].offset - unit.lo + position, crcs[of])
-        self._outputs.write_at(unit.file, out.data, unit.lo)
+                    struct.pack_into("<I", memory, segments[s].offset - unit.lo + position, crcs[of])
+        self._outputs.write_at(unit.file, memory, unit.lo)
         plain = [(unit.file, s) for s in unit.segments if not isinstance(segments[s].body, Tensor)]
         self._ledger.finished(claims, len(out), plain)
         self._ledger.advance(len(out))
@@ -178,12 +179,12 @@ class Worker:
     def _fill_batch(self, unit: Batch, segments: tuple[Segment, ...], out: Bytes) -> dict[int, Loss]:
         """All tensors in as few reads as can be; those with value functions one by one, to know what each loses."""
         moves: list[Move] = []
-        losses = {}
+        losses, memory = {}, out.data
         for s in unit.segments:
             body, at = segments[s].body, segments[s].offset - unit.lo
             if isinstance(body, bytes | Late):
                 data = body if isinstance(body, bytes) else body.template
-                out[at : at + len(data)] = np.frombuffer(data, np.uint8)
+                memory[at : at + len(data)] = data
                 continue
             lowered = body.lower()
             if any(move.fns for move in lowered):

@@ -59,10 +59,11 @@ def load_mapping(name: str) -> Mapping:
 
 
 def load_mapping_file(path: Path) -> Mapping:
-    """A mapping of the user's own; it must extend a known one, which it then stands for."""
-    mapping = _build(path.stem, path, ())
+    """A mapping of the user's own (or one that a plug-in brings, by its name); it stands for the one it extends."""
+    installed = not path.exists() and str(path) in mapping_paths()
+    mapping = load_mapping(str(path)) if installed else _build(path.stem, path, ())
     if mapping.extends is None:
-        raise MappingError(f"{path}: a mapping given by file must say which one it extends")
+        raise MappingError(f"{path}: a mapping given with --mapping must say which one it extends")
     return mapping
 
 

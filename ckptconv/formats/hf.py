@@ -155,7 +155,7 @@ def _family(config: ModelConfig, options: HfSave, request: Request) -> str:
     """The family to write: as asked for, else the source's, else the template's."""
     if (named := family_named(request.family, request.mappings)) is not None:
         return named.name
-    if config.family in family_names():
+    if config.family in (*family_names(), *(m.name for m in request.mappings)):
         return config.family
     if options.template is None:
         raise ConfigError(
@@ -164,7 +164,8 @@ def _family(config: ModelConfig, options: HfSave, request: Request) -> str:
             f"known families: {', '.join(family_names())}"
         )
     path = _config_file(folder_of(options.template), None)
-    return family_of(json_file.parse(json_file.read_bytes(path), str(path)), families(), str(path)).name
+    base = json_file.parse(json_file.read_bytes(path), str(path))
+    return family_of(base, [*families(), *request.mappings], str(path)).name
 
 
 def _config_file(folder: Path, given: Path | None) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ckptconv.config import ModelConfig
@@ -33,7 +33,7 @@ def find(given: Path | None, hf: Path | None, request: Request) -> Beside:
         return Beside()
     raw = json_file.read(path)
     mapping = family(request) or family_of(raw, [*families(), *request.mappings], str(path))
-    config = read_config(raw, str(path), chosen(mapping.name, request.mappings))
+    config = replace(read_config(raw, str(path), chosen(mapping.name, request.mappings)), family=mapping.name)
     folder = path.parent if path.name == CONFIG else None
     files = side_files(folder) if folder is not None else {}
     label = "the config given" if given is not None else f"{hf.name if hf else ''}/{CONFIG}"

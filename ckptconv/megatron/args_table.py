@@ -183,9 +183,14 @@ EXPERTS = (
     Field(
         "moe_grouped_gemm",
         "form of the experts: te-grouped or grouped",
-        lambda s: s.experts in ("te-grouped", "grouped"),
+        _if_moe(lambda s: s.experts in ("te-grouped", "grouped"), False),  # Megatron asserts bf16 where it is True
     ),
-    Field("moe_use_legacy_grouped_gemm", "form of the experts: grouped", lambda s: s.experts == "grouped", (0, 11)),
+    Field(
+        "moe_use_legacy_grouped_gemm",
+        "form of the experts: grouped",
+        _if_moe(lambda s: s.experts == "grouped", False),
+        (0, 11),
+    ),
     _constant("moe_shared_expert_intermediate_size", None, "not supported", (0, 10)),
     _constant("moe_router_score_function", "softmax", "the only one supported", (0, 11)),
     _constant("moe_router_enable_expert_bias", False, "not supported", (0, 11)),

@@ -104,8 +104,8 @@ def layout_from_args(args: Namespace) -> Layout:
 
 def _virtual_stages(args: Namespace) -> int | None:
     if args.pipeline_model_parallel_layout is not None:
-        stages: int = len(args.pipeline_model_parallel_layout.split("|")) // args.pipeline_model_parallel_size
-        return stages if stages > 1 else None
+        stages = len(args.pipeline_model_parallel_layout.split("|")) // args.pipeline_model_parallel_size
+        return int(stages) if stages > 1 else None
     if args.num_virtual_stages_per_pipeline_rank is not None:
         return int(args.num_virtual_stages_per_pipeline_rank)
     if args.num_layers_per_virtual_pipeline_stage is None:

@@ -1,0 +1,1 @@
+"""Scripts of the project itself: goldens checked and condensed. Not part of the package."""

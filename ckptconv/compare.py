@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ckptconv.checkpoint import Checkpoint, Key
 from ckptconv.dtypes import FP32
+from ckptconv.execute import Progress
 from ckptconv.moves import Move, Reader
 from ckptconv.pipeline import Job, open_checkpoint
 from ckptconv.tensor import Tensor
@@ -42,17 +43,28 @@ class Verdict:
         return not self.differences
 
 
-def verify(a: Job | str | Path, b: Job | str | Path) -> Verdict:
+def verify(a: Job | str | Path, b: Job | str | Path, progress: Progress | None = None) -> Verdict:
     """Compare two checkpoints; raises when one of them cannot be read whole."""
     left, right = (open_checkpoint(x if isinstance(x, Job) else Job(Path(x)))[1] for x in (a, b))
-    return compare(left, right)
+    if progress is None:
+        return compare(left, right)
+    shared = left.tensors.keys() & right.tensors.keys()
+    progress.start(
+        sum(min(left.tensors[key].nbytes, right.tensors[key].nbytes) for key in shared)
+        + sum(r.kept.nbytes for r in (*left.replicas, *right.replicas))
+    )
+    try:
+        return compare(left, right, progress.advance)
+    finally:
+        progress.done()
 
 
-def compare(left: Checkpoint, right: Checkpoint) -> Verdict:
+def compare(left: Checkpoint, right: Checkpoint, advance: Callable[[int], None] = lambda _: None) -> Verdict:
+    """Every difference between two canonical graphs; `advance` is told how many bytes of A were compared."""
     differences: list[Difference] = []
     nbytes = 0
     with Reader() as one, Reader() as two:
-        differ = _Differ(one, two)
+        differ = _Differ(one, two, advance)
         for side, checkpoint in (("A", left), ("B", right)):
             for r in checkpoint.replicas:
                 found = differ.values(r.name, r.kept, r.copy)
@@ -92,8 +104,9 @@ def _true_rows(a: Checkpoint, b: Checkpoint) -> int | None:
 class _Differ:
     """Compares tensors piece by piece with two readers and two reused buffers."""
 
-    def __init__(self, one: Reader, two: Reader) -> None:
+    def __init__(self, one: Reader, two: Reader, advance: Callable[[int], None]) -> None:
         self.readers = one, two
+        self.advance = advance
         self.buffers = np.empty(CHUNK, np.uint8), np.empty(CHUNK, np.uint8)
 
     def padded(self, key: Key, x: Tensor, y: Tensor, rows: int | None) -> Iterator[Difference]:
@@ -131,6 +144,7 @@ class _Differ:
         for lo in range(0, x.nbytes, CHUNK):
             hi = min(lo + CHUNK, x.nbytes)
             a, b = (self._read(side, moves[side], lo, hi) for side in (0, 1))
+            self.advance(hi - lo)
             if a.tobytes() == b.tobytes():
                 continue
             item = x.dtype.itemsize

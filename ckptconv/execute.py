@@ -82,16 +82,21 @@ def execute(plan: Plan, dst: Path, options: ExecuteOptions | None = None, progre
 def fit(plan: Plan, options: ExecuteOptions) -> tuple[int, int]:
     """(workers, bytes of each of a worker's two buffers) within the memory bound; PlanError if nothing fits."""
     wanted = options.workers or min(MOST_WORKERS, len(os.sched_getaffinity(0)))
-    plain = sum(s.nbytes for f in plan.files for s in f.segments if not isinstance(s.body, Tensor))
-    base = BASE + PER_TENSOR * (_count(plan) + len(plan.checks)) + plain
-    room = options.memory - base
+    least = memory_needed(plan)
+    room = options.memory - least + 2 * START
     if room < 2 * START:
         raise PlanError(
             f"a memory bound of {options.memory:,} bytes is too small for this plan: "
-            f"{base + 2 * START:,} are needed ({_count(plan):,} tensors to keep track of)"
+            f"{least:,} are needed ({_count(plan):,} tensors to keep track of)"
         )
     workers = max(1, min(wanted, room // (2 * START)))
     return workers, min(PIECE, room // (2 * workers))
+
+
+def memory_needed(plan: Plan) -> int:
+    """The smallest memory bound the plan can be carried out in."""
+    plain = sum(s.nbytes for f in plan.files for s in f.segments if not isinstance(s.body, Tensor))
+    return BASE + PER_TENSOR * (_count(plan) + len(plan.checks)) + plain + 2 * START
 
 
 def peak_memory() -> int:

@@ -7,10 +7,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ckptconv.canonicalize import canonicalize
-from ckptconv.checkpoint import Stored
+from ckptconv.checkpoint import Checkpoint, Stored
 from ckptconv.config import ModelConfig
-from ckptconv.errors import CkptconvError
+from ckptconv.errors import CkptconvError, UsageError
 from ckptconv.pipeline import Job, load_stored
+
+VOCABULARY = ("embed.weight", "head.weight")  # what padding rows are found in
 
 Facts = dict[str, object]
 
@@ -19,6 +21,8 @@ def inspect(job: Job, pattern: str | None = None) -> tuple[Facts, CkptconvError 
     """(what was found, what is wrong with it). A checkpoint too broken to load is told file by file."""
     try:
         stored = load_stored(job.source, job.loader, job.loader_options, job.request())[1]
+    except UsageError:
+        raise
     except CkptconvError as error:
         return {"path": job.source.name, "files": _files(job.source)}, error
     facts = describe(stored, pattern)
@@ -26,10 +30,20 @@ def inspect(job: Job, pattern: str | None = None) -> tuple[Facts, CkptconvError 
         checkpoint = canonicalize(stored, job.drop)
     except CkptconvError as error:
         return facts, error
-    facts["parameters"] = sum(t.nbytes // t.dtype.itemsize for k, t in checkpoint.tensors.items() if k.slot == "param")
+    facts["parameters"] = _parameters(checkpoint)
     facts["replicas_to_check"] = len(checkpoint.replicas)
     facts["ignored"] = list(checkpoint.dropped)
     return facts, None
+
+
+def _parameters(checkpoint: Checkpoint) -> int:
+    """How many numbers the model has; rows that only pad the vocabulary are none of it."""
+    padded, true = checkpoint.config.vocab_rows, checkpoint.config.vocab or checkpoint.config.vocab_rows
+    total = 0
+    for key, tensor in checkpoint.tensors.items():
+        count = tensor.nbytes // tensor.dtype.itemsize if key.slot == "param" else 0
+        total += count * true // padded if key.name in VOCABULARY and tensor.shape[0] == padded else count
+    return total
 
 
 def describe(stored: Stored, pattern: str | None = None) -> Facts:
@@ -79,7 +93,7 @@ def _files(path: Path) -> list[Facts]:
     from ckptconv.containers import safetensors, torch_file
 
     rows: list[Facts] = []
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] * path.is_file():
         row: Facts = {"file": str(file.relative_to(path)) if file != path else file.name, "bytes": file.stat().st_size}
         try:
             if file.suffix == ".safetensors":

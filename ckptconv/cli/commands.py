@@ -10,7 +10,10 @@ import click
 
 from ckptconv.cli.options import (
     FormatCommand,
+    LoaderCommand,
+    TwoLoadersCommand,
     change_options,
+    dry_run_option,
     layout_options,
     make_execute_options,
     make_job,
@@ -24,7 +27,6 @@ if TYPE_CHECKING:
     from ckptconv.pipeline import Job
 
 PATH = click.Path(path_type=Path)
-DRY = {"memory": "1GB", "workers": None, "force": False, "allow_overflow": False, "dry_run": True}
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
@@ -61,6 +63,7 @@ def cli() -> None:
 @source_options
 @change_options
 @run_options
+@dry_run_option
 @output_options
 @click.pass_context
 def convert(ctx: click.Context, /, src: Path, dst: Path, saver: str, **params: Any) -> None:
@@ -81,6 +84,7 @@ def convert(ctx: click.Context, /, src: Path, dst: Path, saver: str, **params: A
 @source_options
 @change_options
 @run_options
+@dry_run_option
 @output_options
 @click.pass_context
 def reshard(ctx: click.Context, /, src: Path, dst: Path, **params: Any) -> None:
@@ -93,31 +97,40 @@ def plan() -> None:
     """Show what convert or reshard would do (the same as --dry-run)."""
 
 
-@plan.command("convert", cls=FormatCommand, epilog=convert.epilog)
+@plan.command(
+    "convert",
+    cls=FormatCommand,
+    epilog=examples(
+        "ckptconv plan convert llama/ out/ --saver mcore --tp 8 --pp 4",
+        "ckptconv plan convert m/ out/ --saver hf --json",
+    ),
+)
 @click.argument("src", type=PATH)
 @click.argument("dst", type=PATH)
 @click.option("--saver", required=True, metavar="FORMAT", help="Format to write.")
 @layout_options
 @source_options
 @change_options
+@run_options
 @output_options
 @click.pass_context
 def plan_convert(ctx: click.Context, /, src: Path, dst: Path, saver: str, **params: Any) -> None:
     """Show what convert would write: files, bytes, each tensor's recipe."""
-    run(make_job(ctx, src, saver, params), dst, {**DRY, **params})
+    run(make_job(ctx, src, saver, params), dst, {**params, "dry_run": True})
 
 
-@plan.command("reshard", cls=FormatCommand, epilog=reshard.epilog)
+@plan.command("reshard", cls=FormatCommand, epilog=examples("ckptconv plan reshard llama-tp4/ out/ --tp 4:2"))
 @click.argument("src", type=PATH)
 @click.argument("dst", type=PATH)
 @layout_options
 @source_options
 @change_options
+@run_options
 @output_options
 @click.pass_context
 def plan_reshard(ctx: click.Context, /, src: Path, dst: Path, **params: Any) -> None:
     """Show what reshard would write: files, bytes, each tensor's recipe."""
-    run(make_job(ctx, src, None, params), dst, {**DRY, **params})
+    run(make_job(ctx, src, None, params), dst, {**params, "dry_run": True})
 
 
 def run(job: Job, dst: Path, params: dict[str, Any]) -> None:
@@ -135,20 +148,25 @@ def run(job: Job, dst: Path, params: dict[str, Any]) -> None:
     if not params["quiet"]:
         render.show_notes(prepared)
     if params["dry_run"]:
-        render.emit(render.plan_facts(prepared)) if params["as_json"] else render.show_plan(prepared)
+        facts = render.plan_facts(prepared)
+        render.emit(facts) if params["as_json"] else render.show_plan(facts)
+        if facts["memory_needed"] > options.memory:
+            click.echo(f"note: --memory {params['memory']} is too small: this would be refused", err=True)
         return
     report = execute(prepared.plan, dst, options, progress(quiet=params["quiet"] or params["as_json"]))
+    usage = prepared.usage(str(dst))
     if params["as_json"]:
         losses = {name: loss._asdict() for name, loss in report.losses.items()}
-        render.emit({"dst": str(dst), **prepared.plan.about, "report": {**asdict(report), "losses": losses}})
+        told = {**asdict(report), "losses": losses}
+        render.emit({"dst": str(dst), **prepared.plan.about, "usage": usage.splitlines(), "report": told})
         return
     if not params["quiet"]:
         render.show_report(report)
-    click.echo(prepared.usage(str(dst)))
+    click.echo(usage)
 
 
 @cli.command(
-    cls=FormatCommand,
+    cls=LoaderCommand,
     epilog=examples("ckptconv inspect llama-mcore/", "ckptconv inspect llama/ --tensors '*layers.0.*' --json"),
 )
 @click.argument("path", type=PATH)
@@ -157,7 +175,7 @@ def run(job: Job, dst: Path, params: dict[str, Any]) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
 def inspect(ctx: click.Context, /, path: Path, tensors: str | None, as_json: bool, **params: Any) -> None:
-    """Show format, architecture, layout and what each rank holds, from headers alone."""
+    """Show format, architecture, layout and what each rank holds, from headers alone. Of a broken one what can be said."""
     from ckptconv import inspection
     from ckptconv.cli import render
 
@@ -170,25 +188,35 @@ def inspect(ctx: click.Context, /, path: Path, tensors: str | None, as_json: boo
         raise problem
 
 
-@cli.command(cls=FormatCommand, epilog=examples("ckptconv verify llama/ llama-mcore/", "ckptconv verify a/ b/ --json"))
+@cli.command(
+    cls=TwoLoadersCommand,
+    epilog=examples(
+        "ckptconv verify llama/ llama-mcore/",
+        "ckptconv verify a/ b/ --json",
+        "ckptconv verify llama/ old/ --loader-b legacy --loader-b.config llama/",
+    ),
+)
 @click.argument("a", type=PATH)
 @click.argument("b", type=PATH)
 @source_options
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--loader-a", metavar="FORMAT", help="Format of A, if not that of --loader; its options: --loader-a.X.")
+@click.option("--loader-b", metavar="FORMAT", help="Format of B, if not that of --loader; its options: --loader-b.X.")
+@output_options
 @click.pass_context
-def verify(ctx: click.Context, /, a: Path, b: Path, as_json: bool, **params: Any) -> None:
+def verify(ctx: click.Context, /, a: Path, b: Path, as_json: bool, quiet: bool, **params: Any) -> None:
     """Compare two checkpoints of any formats and layouts, tensor by tensor. Exit 0: same, 1: different, 3: could not compare."""
-    from dataclasses import replace
-
     from ckptconv.cli import render
+    from ckptconv.cli.progress import progress
     from ckptconv.compare import verify as compare
 
-    job = make_job(ctx, a, None, params)
+    jobs = make_job(ctx, a, None, params, "-a"), make_job(ctx, b, None, params, "-b")
     try:
-        verdict = compare(job, replace(job, source=b))
+        verdict = compare(*jobs, progress=progress(quiet=quiet or as_json))
     except UsageError:
         raise
     except (CkptconvError, OSError) as error:
+        if as_json:
+            render.emit({"same": None, "problem": str(error)})
         click.echo(f"ckptconv: could not compare: {error}", err=True)
         sys.exit(3)
     render.emit(render.verdict_facts(verdict)) if as_json else render.show_verdict(verdict)
@@ -201,60 +229,28 @@ def verify(ctx: click.Context, /, a: Path, b: Path, as_json: bool, **params: Any
 def formats(name: str | None, as_json: bool) -> None:
     """List the formats, or the options of one."""
     from ckptconv.cli import render
-    from ckptconv.registry import formats as known
-    from ckptconv.registry import get_format, option_rows
 
     if name is None:
-        rows = [
-            {"name": n, "aliases": list(f.aliases), "origin": origin, "summary": f.summary}
-            for n, (origin, f) in known().items()
-        ]
-        if as_json:
-            render.emit(rows)
-        for row in rows if not as_json else ():
-            also = f" ({', '.join(row['aliases'])})" if row["aliases"] else ""
-            click.echo(f"{row['name']}{also}: {row['summary']} [{row['origin']}]")
-        return
-    fmt = get_format(name)
-    options = {side: option_rows(kind) for side, kind in (("loader", fmt.Load), ("saver", fmt.Save))}
-    if as_json:
-        render.emit(
-            {side: [{"name": n, "default": d, "help": h} for n, d, h in rows] for side, rows in options.items()}
-        )
-        return
-    click.echo(f"{fmt.name}: {fmt.summary}")
-    for side, rows in options.items():
-        for n, default, text in rows:
-            click.echo(f"  --{side}.{n}" + (f" [{default}]" if default else "") + f"  {text}")
+        rows = render.format_rows()
+        render.emit(rows) if as_json else render.show_formats(rows)
+    else:
+        facts = render.format_facts(name)
+        render.emit(facts) if as_json else render.show_format(facts)
 
 
-@cli.command(epilog=examples("ckptconv families", "ckptconv families hf-qwen3"))
+@cli.command(epilog=examples("ckptconv families", "ckptconv families hf-qwen3", "ckptconv families mcore"))
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def families(name: str | None, as_json: bool) -> None:
-    """List the model families, or the rules of one mapping."""
+    """List the model families, or the rules of one mapping: each stored tensor, and what it is made of."""
     from ckptconv.cli import render
-    from ckptconv.mapping_files import family_names, load_mapping, mapping_paths
 
     if name is None:
-        rows = [{"name": n, "origin": mapping_paths()[n][0], "match": load_mapping(n).match} for n in family_names()]
-        if as_json:
-            render.emit(rows)
-        for row in rows if not as_json else ():
-            click.echo(f"{row['name']} [{row['origin']}]: {row['match']}")
-        return
-    mapping = load_mapping(name)
-    rules = {
-        r.stored: [{"is": str(a.expr), "when": list(a.when), "on": sorted(a.on)} for a in r.alternatives]
-        for r in mapping.rules
-    }
-    if as_json:
-        render.emit(rules)
-        return
-    for stored, alternatives in rules.items():
-        click.echo(stored)
-        for one in alternatives:
-            click.echo(f"    {one['is']}  {' '.join([*one['when'], *one['on']])}")
+        rows = render.family_rows()
+        render.emit(rows) if as_json else render.show_families(rows)
+    else:
+        rules = render.mapping_rules(name)
+        render.emit(rules) if as_json else render.show_rules(rules)
 
 
 @cli.command(epilog=examples("ckptconv demo"))

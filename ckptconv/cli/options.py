@@ -15,21 +15,26 @@ if TYPE_CHECKING:
     from ckptconv.pipeline import Job
 
 F = TypeVar("F", bound=Callable[..., Any])
+COUNT = click.IntRange(min=1)
 
 
 class FormatCommand(click.Command):
     """A command that takes --loader.NAME VALUE and --saver.NAME VALUE: which names there are is the format's business."""
 
+    sides: tuple[str, ...] = ("loader", "saver")
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         rest: list[str] = []
-        found: dict[str, dict[str, object]] = {"loader": {}, "saver": {}}
+        found: dict[str, dict[str, object]] = {side: {} for side in self.sides}
         items = iter(args)
         for item in items:
             flag, equals, value = item.partition("=")
             side, dot, name = flag.removeprefix("--").partition(".")
-            if not (item.startswith("--") and dot and side in found):
+            if not (item.startswith("--") and dot and side in SIDES):
                 rest.append(item)
                 continue
+            if side not in found:
+                raise click.UsageError(f"{flag}: {ctx.info_name} takes --{'.X, --'.join(self.sides)}.X alone", ctx)
             if not equals:
                 value = "true" if _is_switch(side, name) else next(items, "")
             if not value:
@@ -39,12 +44,27 @@ class FormatCommand(click.Command):
         return super().parse_args(ctx, rest)
 
 
+class LoaderCommand(FormatCommand):
+    """A command that only reads."""
+
+    sides = ("loader",)
+
+
+class TwoLoadersCommand(FormatCommand):
+    """A command that reads two checkpoints: --loader.X is said to both, --loader-a.X and --loader-b.X to one."""
+
+    sides = ("loader", "loader-a", "loader-b")
+
+
+SIDES = ("loader", "saver", "loader-a", "loader-b")
+
+
 def _is_switch(side: str, name: str) -> bool:
     """Whether some format declares the option as a yes-or-no one, which needs no value."""
     from ckptconv.registry import formats, switches
 
     return any(
-        name.replace("-", "_") in switches(fmt.Load if side == "loader" else fmt.Save) for _, fmt in formats().values()
+        name.replace("-", "_") in switches(fmt.Save if side == "saver" else fmt.Load) for _, fmt in formats().values()
     )
 
 
@@ -70,22 +90,27 @@ layout_options = _stack(
     ),
     click.option(
         "--pp-layers",
-        metavar="N,N,…",
+        metavar="N,N,...",
         help="Layers of each virtual stage (pp x vpp numbers, all stages of chunk 0 first).",
     ),
 )
 source_options = _stack(
-    click.option("--loader", metavar="FORMAT", help="Format of the source (default: recognised)."),
+    click.option("--loader", metavar="auto|FORMAT", help="Format of the source (default: recognised)."),
     click.option("--family", metavar="NAME", help="Model family, where the source does not say (ckptconv families)."),
-    click.option("--vocab-size", type=int, metavar="N", help="True vocabulary size, where the source does not say."),
+    click.option("--vocab-size", type=COUNT, metavar="N", help="True vocabulary size, where the source does not say."),
     click.option(
-        "--mapping", type=click.Path(path_type=Path), multiple=True, help="A mapping file that extends a known one."
+        "--mapping",
+        type=click.Path(path_type=Path),
+        multiple=True,
+        help="A mapping file (or an installed one by name) that extends a known one.",
     ),
     click.option(
         "--drop", multiple=True, metavar="GLOB", help="Leave out tensors by name, on purpose; recorded in the result."
     ),
     click.option("--iteration", metavar="N|release", help="Which iteration of the source (default: the latest)."),
-    click.option("--check", is_flag=True, help="Verify checksums inside the source files (reads them whole)."),
+    click.option(
+        "--check", is_flag=True, help="Verify checksums of the source files, and its ckptconv.json (reads them whole)."
+    ),
 )
 change_options = _stack(
     click.option(
@@ -94,7 +119,7 @@ change_options = _stack(
     click.option(
         "--make-vocab-size-divisible-by",
         "vocab_divisor",
-        type=int,
+        type=COUNT,
         metavar="N",
         help="Padding of the vocabulary (times tp).",
     ),
@@ -108,6 +133,7 @@ change_options = _stack(
         metavar="check|first",
         help="Copies on several ranks: compare, or trust the first.",
     ),
+    click.option("--mcore-version", metavar="V", help="Megatron-Core that loads the result (--saver.mcore-version)."),
 )
 run_options = _stack(
     click.option(
@@ -117,23 +143,44 @@ run_options = _stack(
         metavar="SIZE",
         help="Bound on memory; refused if it cannot be kept.",
     ),
-    click.option("--workers", type=int, metavar="N", help="Threads that move bytes (default: up to 4)."),
+    click.option("--workers", type=COUNT, metavar="N", help="Threads that move bytes (default: up to 4)."),
     click.option("--allow-overflow", is_flag=True, help="Let a cast turn finite values into infinities."),
-    click.option("--dry-run", is_flag=True, help="Show the plan and write nothing."),
     click.option("--force", is_flag=True, help="Replace DST, once the new result is complete."),
 )
+dry_run_option = click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
 output_options = _stack(
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
     click.option("--quiet", is_flag=True, help="No progress and no notes."),
 )
 
 
-def make_job(ctx: click.Context, src: Path, saver: str | None, params: dict[str, Any]) -> Job:
-    """The Job that a command line asks for."""
+def make_job(ctx: click.Context, src: Path, saver: str | None, params: dict[str, Any], side: str = "") -> Job:
+    """The Job that a command line asks for; `side` (-a, -b) is which of two sources it is about."""
     from ckptconv.layout import DEGREES, layout_from
     from ckptconv.pipeline import Job
 
+    _check_choices(params)
     found = ctx.meta["ckptconv.options"]
+    iteration = params.get("iteration")
+    return Job(
+        src,
+        loader=params.get(f"loader{side.replace('-', '_')}") or params.get("loader"),
+        saver=saver,
+        layout=layout_from({name: params.get(name) for name in DEGREES}, params.get("pp_layers")),
+        loader_options={**found["loader"], **found.get(f"loader{side}", {})},
+        saver_options=_saver_options(found.get("saver", {}), params.get("mcore_version")),
+        iteration=int(iteration) if iteration and iteration.isdecimal() else iteration,
+        mapping=tuple(params.get("mapping") or ()),
+        drop=tuple(params.get("drop") or ()),
+        **{
+            k: params[k]
+            for k in ("dtype", "vocab_size", "vocab_divisor", "family", "optimizer", "replicas", "check")
+            if k in params
+        },
+    )
+
+
+def _check_choices(params: dict[str, Any]) -> None:
     iteration = params.get("iteration")
     if iteration is not None and iteration != "release" and not iteration.isdecimal():
         raise UsageError(f"--iteration {iteration}: expected a number or release")
@@ -144,22 +191,16 @@ def make_job(ctx: click.Context, src: Path, saver: str | None, params: dict[str,
     ):
         if params.get(name, allowed[0]) not in allowed:
             raise UsageError(f"--{name} {params[name]}: expected {' or '.join(allowed)}")
-    return Job(
-        src,
-        loader=params.get("loader"),
-        saver=saver,
-        layout=layout_from({name: params.get(name) for name in DEGREES}, params.get("pp_layers")),
-        loader_options=found["loader"],
-        saver_options=found["saver"],
-        iteration=int(iteration) if iteration and iteration.isdecimal() else iteration,
-        mapping=tuple(params.get("mapping") or ()),
-        drop=tuple(params.get("drop") or ()),
-        **{
-            k: params[k]
-            for k in ("dtype", "vocab_size", "vocab_divisor", "family", "optimizer", "replicas", "check")
-            if k in params
-        },
-    )
+
+
+def _saver_options(given: dict[str, object], mcore_version: str | None) -> dict[str, object]:
+    """--mcore-version V is short for --saver.mcore-version V."""
+    if mcore_version is None:
+        return given
+    said = given.get("mcore-version", given.get("mcore_version", mcore_version))
+    if said != mcore_version:
+        raise UsageError(f"--mcore-version {mcore_version} and --saver.mcore-version {said}: give one")
+    return {**given, "mcore-version": mcore_version}
 
 
 def make_execute_options(params: dict[str, Any]) -> ExecuteOptions:

@@ -24,6 +24,7 @@ def emit(data: object) -> None:
 
 def plan_facts(prepared: Prepared) -> dict[str, Any]:
     """A plan as plain data: files, sizes, and each tensor's recipe."""
+    from ckptconv.execute import memory_needed
     from ckptconv.tensor import Tensor
 
     plan = prepared.plan
@@ -39,6 +40,7 @@ def plan_facts(prepared: Prepared) -> dict[str, Any]:
         "files": files,
         "bytes": plan.nbytes,
         "disk_needed": plan.nbytes,
+        "memory_needed": memory_needed(plan),
         "replicas_to_compare": len(plan.checks),
         **{k: v for k, v in plan.about.items() if k != "ckptconv"},
     }
@@ -65,17 +67,15 @@ def recipe(tensor: Tensor, root: str) -> str:
     return head
 
 
-def show_plan(prepared: Prepared) -> None:
-    facts = plan_facts(prepared)
+def show_plan(facts: dict[str, Any]) -> None:
     for file in facts["files"]:
         click.echo(f"{file['path']}  {human(file['bytes'])}  {len(file['tensors'])} tensors")
         for tensor in file["tensors"][:SHOWN]:
             click.echo(f"    {tensor['name']}  {tensor['recipe']}")
         if len(file["tensors"]) > SHOWN:
             click.echo(f"    and {len(file['tensors']) - SHOWN} more (--json lists all)")
-    click.echo(
-        f"{len(facts['files'])} files, {human(facts['bytes'])} to write; {facts['replicas_to_compare']} replicas to compare"
-    )
+    click.echo(f"{len(facts['files'])} files; {facts['replicas_to_compare']} replicas to compare")
+    click.echo(f"needs {human(facts['disk_needed'])} of disk, and at least {human(facts['memory_needed'])} of memory")
 
 
 def show_notes(prepared: Prepared) -> None:
@@ -123,6 +123,71 @@ def verdict_facts(verdict: Verdict) -> dict[str, Any]:
     }
 
 
+def format_rows() -> list[dict[str, Any]]:
+    from ckptconv.registry import formats
+
+    return [
+        {"name": name, "aliases": list(fmt.aliases), "origin": origin, "summary": fmt.summary}
+        for name, (origin, fmt) in formats().items()
+    ]
+
+
+def show_formats(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        also = f" ({', '.join(row['aliases'])})" if row["aliases"] else ""
+        click.echo(f"{row['name']}{also}: {row['summary']} [{row['origin']}]")
+
+
+def format_facts(name: str) -> dict[str, Any]:
+    """A format, and the options of its two sides."""
+    from ckptconv.registry import get_format, option_rows
+
+    fmt = get_format(name)
+    options = {
+        side: [{"name": n, "default": d, "help": h} for n, d, h in option_rows(kind)]
+        for side, kind in (("loader", fmt.Load), ("saver", fmt.Save))
+    }
+    return {"name": fmt.name, "aliases": list(fmt.aliases), "summary": fmt.summary, **options}
+
+
+def show_format(facts: dict[str, Any]) -> None:
+    click.echo(f"{facts['name']}: {facts['summary']}")
+    for side in ("loader", "saver"):
+        for option in facts[side]:
+            default = f" [{option['default']}]" if option["default"] else ""
+            click.echo(f"  --{side}.{option['name']}{default}  {option['help']}")
+
+
+def family_rows() -> list[dict[str, Any]]:
+    from ckptconv.mapping_files import family_names, load_mapping, mapping_paths
+
+    return [{"name": n, "origin": mapping_paths()[n][0], "match": load_mapping(n).match} for n in family_names()]
+
+
+def show_families(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        match = ", ".join(f"{key} {value}" for key, value in row["match"].items())
+        click.echo(f"{row['name']}: config.json with {match} [{row['origin']}]")
+
+
+def mapping_rules(name: str) -> dict[str, list[dict[str, Any]]]:
+    """Stored name -> what it may be, of a mapping or, by its short name, of a family."""
+    from ckptconv.mapping_files import family_names, load_mapping
+
+    mapping = load_mapping(f"hf-{name}" if f"hf-{name}" in family_names() else name)
+    return {
+        rule.stored: [{"is": str(a.expr), "when": list(a.when), "on": sorted(a.on)} for a in rule.alternatives]
+        for rule in mapping.rules
+    }
+
+
+def show_rules(rules: dict[str, list[dict[str, Any]]]) -> None:
+    for stored, alternatives in rules.items():
+        click.echo(stored)
+        for one in alternatives:
+            click.echo(f"    {one['is']}  {' '.join([*one['when'], *one['on']])}".rstrip())
+
+
 def show_facts(facts: dict[str, Any]) -> None:
     """An inspection: the head as lines, then a line per rank."""
     for name in ("format", "mapping", "form", "family", "step", "parameters"):
@@ -131,7 +196,7 @@ def show_facts(facts: dict[str, Any]) -> None:
             click.echo(f"{name}: {', '.join(value) if isinstance(value, list) else value}")
     if "layout" in facts:
         click.echo("layout: " + " ".join(f"{k}={v}" for k, v in facts["layout"].items()))
-        click.echo("architecture: " + ", ".join(f"{k}={v}" for k, v in facts["architecture"].items()))
+        click.echo("architecture: " + ", ".join(f"{k}={_plain(v)}" for k, v in facts["architecture"].items()))
     for row in facts.get("ranks", []):
         degrees = " ".join(f"{k}={v}" for k, v in row["rank"].items())
         layers = f"layers {row['layers'][0]}-{row['layers'][-1]}" if row["layers"] else "no layers"
@@ -146,3 +211,10 @@ def show_facts(facts: dict[str, Any]) -> None:
     for name in ("state", "ignored", "notes"):
         for item in facts.get(name, []):
             click.echo(f"{name.rstrip('s')}: {item}")
+
+
+def _plain(value: object) -> str:
+    """An entry of an architecture, without the punctuation of a dictionary."""
+    if not isinstance(value, dict):
+        return str(value)
+    return "(" + " ".join(f"{k}={_plain(v)}" for k, v in value.items() if v is not None) + ")"

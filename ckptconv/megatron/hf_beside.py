@@ -7,12 +7,12 @@ from pathlib import Path
 
 from ckptconv.config import ModelConfig
 from ckptconv.containers import json_file
-from ckptconv.errors import ConfigError, UsageError
-from ckptconv.family_config import family_of, read_config
+from ckptconv.errors import UsageError
+from ckptconv.family_config import family_named, family_of, read_config
 from ckptconv.formats import Request
 from ckptconv.formats.hf_files import CONFIG, inside, side_files
 from ckptconv.mapping import Mapping
-from ckptconv.mapping_files import chosen, families, family_names
+from ckptconv.mapping_files import chosen, families
 from ckptconv.source import Source, whole
 
 
@@ -49,11 +49,4 @@ def _given(path: Path) -> Path:
 
 def family(request: Request) -> Mapping | None:
     """The mapping of --family NAME (llama or hf-llama), if one was named."""
-    if request.family is None:
-        return None
-    given = {m.name: m for m in request.mappings}
-    known = {*family_names(), *given}
-    name = next((n for n in (request.family, f"hf-{request.family}") if n in known), None)
-    if name is None:
-        raise ConfigError(f"--family {request.family}: known are {', '.join(sorted(known))}")
-    return given.get(name) or chosen(name, request.mappings)
+    return family_named(request.family, request.mappings)

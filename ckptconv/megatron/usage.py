@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from shlex import quote
+
 from ckptconv.checkpoint import Stored
 from ckptconv.megatron.args_table import layer_freq, whole
 from ckptconv.megatron.args_write import notes
@@ -30,14 +32,14 @@ def usage(stored: Stored, dst: str, *, legacy: bool) -> str:
 
 def _files(stored: Stored, dst: str, *, legacy: bool) -> list[str]:
     impl = "local" if legacy or stored.mapping.name == "mcore-local" else "transformer_engine"
-    flags = [f"--load {dst} --ckpt-format torch --no-load-optim --no-load-rng", f"--transformer-impl {impl}"]
+    flags = [f"--load {quote(dst)} --ckpt-format torch --no-load-optim --no-load-rng", f"--transformer-impl {impl}"]
     if legacy:
         flags.append("--use-legacy-models")
     dtype = stored.config.dtype
     if dtype is not None and dtype.name in ("bf16", "fp16"):
         flags.append(f"--{dtype.name}")
     if "tokenizer_config.json" in stored.extras.files:
-        flags.append(f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {dst}/hf")
+        flags.append(f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {quote(dst + '/hf')}")
     return flags
 
 

@@ -68,11 +68,11 @@ def test_damage_is_told_by_file(plugin: Path, tmp_path: Path, run: Callable[...,
 
 def test_plugin_keeps_the_contract(project: Path, plugin: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
     """Run as its author would run it; on the fewest models, as the built-in formats are tested on all."""
-    text = (project / "test_npy.py").read_text() + '    models = ("llama-tied", "mixtral")\n'
+    text = (project / "test_npy.py").read_text() + '    models = ("llama-tied",)\n'
     (tmp_path / "test_npy.py").write_text(text)
     done = run("pytest", "-q", "-p", "no:cacheprovider", "-W", "error", tmp_path, plugins=(plugin,), cwd=tmp_path)
     passed = int(done.stdout.rpartition(" passed")[0].split()[-1])
-    assert passed > 60
+    assert passed > 50
     assert "skipped" not in done.stdout
 
 

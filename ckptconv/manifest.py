@@ -14,6 +14,7 @@ from typing import Any
 
 import xxhash
 
+from ckptconv.containers import json_file
 from ckptconv.errors import FormatError
 from ckptconv.fingerprint import MANIFEST
 from ckptconv.tensor import Tensor, View
@@ -21,6 +22,7 @@ from ckptconv.units import PIECE, pieces
 
 _VERSION = 1
 _BUFFER = 1 << 20
+_MAX_MANIFEST = 1 << 28  # a million tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +113,9 @@ def digest_of(parts: Sequence[bytes]) -> str:
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
     """The manifest of a result, or None where there is none."""
     path = os.path.join(folder, MANIFEST)
-    try:
-        with open(path, "rb") as file:
-            facts = json.load(file)
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None
-    except ValueError as error:
-        raise FormatError(path, f"is not JSON: {error}") from None
+    facts: Any = json_file.read(path, _MAX_MANIFEST)
     try:
         if (facts["manifest"], facts["digest"], facts["piece"]) != (_VERSION, "xxh3_128", PIECE):
             raise FormatError(path, f"is of a kind this version does not know (manifest {facts['manifest']})")

@@ -12,12 +12,12 @@ from typing import Any
 from ckptconv import passes
 from ckptconv.canonicalize import canonicalize
 from ckptconv.checkpoint import Checkpoint, Origin, Stored
-from ckptconv.errors import FormatError, PlanError, UsageError
+from ckptconv.errors import PlanError, UsageError
 from ckptconv.execute import ExecuteOptions, Progress, Report, execute
 from ckptconv.formats import Format, Request
 from ckptconv.layout import Layout, layout_from
 from ckptconv.localize import localize
-from ckptconv.manifest import damage, read_manifest
+from ckptconv.manifest_check import check_manifest
 from ckptconv.mapping import Mapping
 from ckptconv.mapping_files import chosen, load_mapping_file
 from ckptconv.plan import Check, Plan
@@ -75,16 +75,10 @@ class Prepared:
 
 def load_stored(source: Path, loader: str | None, options: Options, request: Request) -> tuple[Format, Stored]:
     fmt = get_format(loader) if loader and loader != "auto" else sniff(source)
-    if request.check:
-        _check_manifest(source)
-    return fmt, fmt.load(source, make_options(fmt.Load, options, "loader", fmt.name), request)
-
-
-def _check_manifest(source: Path) -> None:
-    """Hold a result of ours against the digests in its ckptconv.json; other folders have none."""
-    manifest = read_manifest(source) if source.is_dir() else None
-    if manifest is not None and (found := damage(source, manifest)):
-        raise FormatError(source, "is not what ckptconv wrote here:\n  " + "\n  ".join(found))
+    stored = fmt.load(source, make_options(fmt.Load, options, "loader", fmt.name), request)
+    if request.check and (notes := check_manifest(source, stored)):
+        stored = replace(stored, extras=replace(stored.extras, notes=(*stored.extras.notes, *notes)))
+    return fmt, stored
 
 
 def load(

@@ -35,7 +35,7 @@ formats.mcore formats.legacy
 registry
 outputs units fingerprint
 manifest journal
-destination worker complete
+destination worker complete manifest_check
 execute
 pipeline
 compare inspection

@@ -99,7 +99,7 @@ def test_odd_manifest_is_a_format_error(result: Path, tmp_path: Path, edit: obje
     with pytest.raises(FormatError, match=r"ckptconv\.json"):
         read_manifest(tmp_path)
     (tmp_path / "ckptconv.json").write_text("{")
-    with pytest.raises(FormatError, match="is not JSON"):
+    with pytest.raises(FormatError, match="is not valid JSON"):
         read_manifest(tmp_path)
 
 

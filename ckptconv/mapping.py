@@ -95,6 +95,8 @@ def parse_rules(raw: dict[str, object], where: str) -> dict[str, Rule | None]:
         if unknown := set(block) - BLOCK_KEYS:
             raise MappingError(f"{where}: a block has unknown keys {sorted(unknown)}; known: {sorted(BLOCK_KEYS)}")
         if "use" in block:
+            if both := set(block) & {"tensors", "on"}:
+                raise MappingError(f"{where}: a block that uses {block['use']!r} cannot have {sorted(both)} as well")
             continue
         for name, row in block.get("tensors", {}).items():
             stored = block.get("stored", "") + name
@@ -106,19 +108,28 @@ def parse_rules(raw: dict[str, object], where: str) -> dict[str, Rule | None]:
 
 def _rule(stored: str, row: object, block: dict[str, object], where: str) -> Rule:
     rows = row if isinstance(row, list) else [row]
-    prefix, when, on = str(block.get("canonical", "")), words(block.get("when", ())), words(block.get("on", ()))
+    prefix, when, on = str(block.get("canonical", "")), _named(block, "when", where), _named(block, "on", where)
     alternatives = []
     for one in rows:
         conditions = {k: v for k, v in one.items() if k in CONDITIONS} if isinstance(one, dict) else {}
+        body = {k: v for k, v in one.items() if k not in CONDITIONS} if isinstance(one, dict) else one
         alternatives.append(
             Alternative(
-                _expr(one, prefix, where),
-                (*when, *words(conditions.get("when", ()))),
-                frozenset(words(conditions.get("on", ())) or on),
+                _expr(body, prefix, where),
+                (*when, *_named(conditions, "when", where)),
+                frozenset(_named(conditions, "on", where) or on),
                 bool(conditions.get("copy", False)),
             )
         )
     return Rule(stored, tuple(alternatives))
+
+
+def _named(table: dict[str, object], key: str, where: str) -> tuple[str, ...]:
+    """A condition: a string or a list of them. Anything else would otherwise count as no condition at all."""
+    value = table.get(key, ())
+    if not isinstance(value, str) and not (isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)):
+        raise MappingError(f"{where}: {key} is {value!r}, expected a name or a list of names")
+    return words(value)
 
 
 def _expr(value: object, prefix: str, where: str) -> Expr:
@@ -126,7 +137,11 @@ def _expr(value: object, prefix: str, where: str) -> Expr:
         return value[1:] if value.startswith("/") else prefix + value
     if not isinstance(value, dict):
         raise MappingError(f"{where}: expected an atom's name or a table, found {value!r}")
-    body = {k: v for k, v in value.items() if k not in CONDITIONS}
+    if stray := set(value) & CONDITIONS:
+        raise MappingError(
+            f"{where}: {', '.join(sorted(stray))} stands on an operand; conditions stand on the whole row"
+        )
+    body = dict(value)
     if set(body) == {"is"}:
         return _expr(body["is"], prefix, where)
     ops = [k for k in body if k in OPS]

@@ -20,7 +20,7 @@ from ckptconv.units import CHECKS, CHUNK, PIECE, Batch, Claim, Compare, Group, U
 from ckptconv.values import NO_LOSS, Loss
 
 BARRIER = 128 << 20  # bytes written between two journal entries; what a crash may cost
-SMALLEST_STEP = 64 << 10
+SIBLING_STEP = 256 << 10  # of each sibling: shorter ones stay in the cache, but cost more than that gains
 START = 1 << 20  # bytes of scratch and of buffer that every worker has
 _PAGE = 4096
 
@@ -219,9 +219,10 @@ class Worker:
         tensor = _tensor(self._plan.files[members[0].file].segments[members[0].claim.segment])
         row = tensor.dtype.itemsize * (tensor.shape[-1] if tensor.shape else 1)
         n, moves = len(members), members[0].moves
-        step = max(SMALLEST_STEP, CHUNK // n) // _PAGE * _PAGE
+        step = max(SIBLING_STEP, CHUNK // n) // _PAGE * _PAGE
         if n > 1:
             self._reader.grow(min(n * (step + 2 * row), PIECE, self._most))
+            step = max(_PAGE, min(step, self._reader.capacity // n - 2 * row) // _PAGE * _PAGE)
         elif 2 * _cost(moves, unit.lo, unit.hi) < _cost(moves, unit.lo, min(unit.hi, unit.lo + step)):
             step = min(PIECE, self._most)  # long runs of the source are worth more than staying in the cache
         self._grow(min(step, unit.hi - unit.lo))

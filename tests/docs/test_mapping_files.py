@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from ckptconv import mapping_files
-from ckptconv.bind import units
 from ckptconv.canonicalize import canonicalize
-from ckptconv.config import AXES, TAGS, ModelConfig
+from ckptconv.config import AXES, TAGS, ModelConfig, units
 from ckptconv.config_codecs import CODECS
 from ckptconv.dialect import variants
 from ckptconv.dtypes import DTYPES

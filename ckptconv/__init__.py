@@ -50,7 +50,9 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'ckptconv' has no attribute {name!r}")
-    return getattr(import_module(f"ckptconv.{_HOMES[name]}"), name)
+if not TYPE_CHECKING:  # a misspelt name is an error to type checkers too
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'ckptconv' has no attribute {name!r}")
+        return getattr(import_module(f"ckptconv.{_HOMES[name]}"), name)

@@ -7,6 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,7 @@ def run_demo(say: Callable[[str], None]) -> None:
         place = Path(folder)
         say("A random Llama of 4 layers, 8 heads on 4 key/value heads, a vocabulary of 1003, in bf16:")
         make_model(place / "llama")
-        steps = [
+        steps: list[tuple[str, str, dict[str, Any]]] = [
             ("llama", "mcore-tp2pp2", {"saver": "mcore", "tp": 2, "pp": 2}),
             ("mcore-tp2pp2", "mcore-tp4", {"tp": "2:4", "pp": "2:1"}),
             ("mcore-tp4", "llama-again", {"saver": "hf"}),

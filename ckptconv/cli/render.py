@@ -176,7 +176,9 @@ def mapping_rules(name: str) -> dict[str, list[dict[str, Any]]]:
 
     mapping = load_mapping(f"hf-{name}" if f"hf-{name}" in family_names() else name)
     return {
-        rule.stored: [{"is": str(a.expr), "when": list(a.when), "on": sorted(a.on)} for a in rule.alternatives]
+        rule.stored: [
+            {"is": str(a.expr), "when": list(a.when), "on": sorted(a.on), "copy": a.copy} for a in rule.alternatives
+        ]
         for rule in mapping.rules
     }
 
@@ -185,7 +187,9 @@ def show_rules(rules: dict[str, list[dict[str, Any]]]) -> None:
     for stored, alternatives in rules.items():
         click.echo(stored)
         for one in alternatives:
-            click.echo(f"    {one['is']}  {' '.join([*one['when'], *one['on']])}".rstrip())
+            told = [f"{word} {', '.join(one[word])}" for word in ("when", "on") if one[word]]
+            told += ["a copy: read where there is one, never written"] if one["copy"] else []
+            click.echo(f"    {one['is']}" + (f"  ({'; '.join(told)})" if told else ""))
 
 
 def show_facts(facts: dict[str, Any]) -> None:

@@ -37,7 +37,8 @@ class Move(NamedTuple):
     """One strided box of bytes, from a source (None: a constant, whose bits are `offset`) to a destination.
 
     Strides are in bytes. Destination axes are nested (an outer stride spans all inner ones), so any byte range of the
-    destination is a few boxes. `item` and `out_item` are 1 where the last axis is a plain run of bytes.
+    destination is a few boxes. `item` and `out_item` are 1 where the last axis is a plain run of bytes (or of
+    elements of one byte).
     """
 
     source: Source | None
@@ -71,6 +72,11 @@ class Move(NamedTuple):
             run *= self.shape[i]
             axes.append(i)
         return run, axes
+
+    @property
+    def is_runs(self) -> bool:
+        """Whether the last axis is a plain run of bytes; elements of one byte that lie apart are none."""
+        return self.item == 1 == self.strides[-1] == self.out_strides[-1]
 
     @property
     def cost(self) -> int:
@@ -213,7 +219,7 @@ class Reader:
         for move in clipped(moves, to, to + len(out)):
             if move.source is None:
                 loss = loss.plus(self._put(move, out, 0, out, to))
-            elif move.fns or move.item > 1 or (len(move.shape) > 1 and move.shape[-1] < RUN):
+            elif move.fns or not move.is_runs or (len(move.shape) > 1 and move.shape[-1] < RUN):
                 loss = loss.plus(self._gather(move, out, to, window))
             else:
                 runs += _straight_runs(move, move.source.path, to)

@@ -43,10 +43,10 @@ class TestLegacy(FormatContract):
 
 
 MAPPINGS: dict[str, dict[str, Any]] = {
-    "mcore": {"shapes": None},
-    "mcore-local": {"shapes": None},
+    "mcore-local": {"layouts": ("whole", "tp2", "tp4-ep2-etp1")},  # the cuts are mcore's
     "megatron-legacy": {
         "shapes": ("dense", "tied", "qkv-bias", "biases", "layernorm"),
+        "layouts": ("whole", "tp4-pp2", "pp2-vpp2", "uneven", "tp8"),
         "refuses": ("tp8",),
         "told_by_names": False,
     },

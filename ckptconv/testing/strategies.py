@@ -19,6 +19,7 @@ from ckptconv.topology import Topology, with_stages
 
 Array = NDArray[Any]
 Pair = tuple[Tensor, Array]
+LARGE = 4096  # entries beyond which nothing is made longer
 
 
 def dtypes() -> st.SearchStrategy[DType]:
@@ -52,12 +53,13 @@ def tensors(draw: st.DrawFn, folder: Path, dtype: DType | None = None, steps: in
 
 
 def _step(draw: st.DrawFn, pair: Pair) -> Pair:
+    """One layout method on both; what does not apply changes nothing."""
     tensor, array = pair
     if not array.shape:
         return tensor.unsqueeze(0), array[None]
     axis = draw(st.integers(0, array.ndim - 1))
     size = array.shape[axis]
-    kind = draw(st.sampled_from(["narrow", "permute", "unfold", "fold", "join", "unsqueeze", "squeeze", "expand"]))
+    kind = draw(st.sampled_from(["narrow", "permute", "join", "unfold", "fold", "unsqueeze", "squeeze", "expand"]))
     if kind == "narrow":
         lo = draw(st.integers(0, size - 1))
         hi = draw(st.integers(lo + 1, size))
@@ -65,6 +67,17 @@ def _step(draw: st.DrawFn, pair: Pair) -> Pair:
     if kind == "permute":
         order = draw(st.permutations(range(array.ndim)))
         return tensor.permute(order), array.transpose(order)
+    if kind == "join" and array.size < LARGE:
+        at = draw(st.integers(0, size))
+        halves = [tensor.narrow(axis, at, size), tensor.narrow(axis, 0, at)]
+        return concat([h for h in halves if 0 not in h.shape], axis), np.roll(array, -at, axis)
+    return _reshaped(draw, pair, kind, axis)
+
+
+def _reshaped(draw: st.DrawFn, pair: Pair, kind: str, axis: int) -> Pair:
+    """Steps that change how many axes there are, or the length of one of size 1."""
+    tensor, array = pair
+    size = array.shape[axis]
     if kind == "unfold" and array.ndim < 6:
         n = draw(st.sampled_from([d for d in range(1, size + 1) if size % d == 0]))
         shape = (*array.shape[:axis], n, size // n, *array.shape[axis + 1 :])
@@ -72,21 +85,11 @@ def _step(draw: st.DrawFn, pair: Pair) -> Pair:
     if kind == "fold" and axis + 1 < array.ndim:
         shape = (*array.shape[:axis], size * array.shape[axis + 1], *array.shape[axis + 2 :])
         return tensor.fold(axis), array.reshape(shape)
-    if kind == "join" and array.size < 4096:
-        at = draw(st.integers(0, size))
-        halves = [tensor.narrow(axis, at, size), tensor.narrow(axis, 0, at)]
-        return concat([h for h in halves if 0 not in h.shape], axis), np.roll(array, -at, axis)
-    return _resized(pair, kind, axis)
-
-
-def _resized(pair: Pair, kind: str, axis: int) -> Pair:
-    """Steps with axes of size 1; what does not apply changes nothing."""
-    tensor, array = pair
     if kind == "unsqueeze" and array.ndim < 6:
         return tensor.unsqueeze(axis), np.expand_dims(array, axis)
-    if kind == "squeeze" and array.shape[axis] == 1:
+    if kind == "squeeze" and size == 1:
         return tensor.squeeze(axis), array.squeeze(axis)
-    if kind == "expand" and array.shape[axis] == 1 and array.size < 4096:
+    if kind == "expand" and size == 1 and array.size < LARGE:
         return tensor.expand(axis, 3), np.repeat(array, 3, axis)
     return pair
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
-pytest.register_assert_rewrite(
-    "ckptconv.testing.damage_contract", "ckptconv.testing.format_contract", "ckptconv.testing.mapping_contract"
-)
+_EXPLAINED = [f"ckptconv.testing.{name}" for name in ("damage_contract", "format_contract", "mapping_contract")]
+pytest.register_assert_rewrite(*(name for name in _EXPLAINED if name not in sys.modules))
 
 from ckptconv.testing.format_contract import FormatContract  # noqa: E402
 from ckptconv.testing.mapping_contract import MappingContract  # noqa: E402

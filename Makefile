@@ -12,7 +12,8 @@ CORE    ?= .venv-core
 WORKERS ?= 2
 GOLDENS ?= ../shared/golden/mlm
 BIN     := $(VENV)/bin
-PIP     := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP     := -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+BUILD   := --build-constraint constraints.txt  # pip of the pinned version knows it, that of a new environment need not
 
 .PHONY: demo test check format lint types unit bench golden goldens clean
 
@@ -56,11 +57,11 @@ clean:
 $(VENV)/.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP) pip
-	$(BIN)/python $(PIP) --editable '.[test]'
+	$(BIN)/python $(PIP) $(BUILD) --editable '.[test]'
 	touch $@
 
 $(CORE)/.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(CORE)
 	$(CORE)/bin/python $(PIP) pip
-	$(CORE)/bin/python $(PIP) --editable .
+	$(CORE)/bin/python $(PIP) $(BUILD) --editable .
 	touch $@

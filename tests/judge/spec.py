@@ -112,7 +112,7 @@ def _virtual_stages(args: Namespace) -> int | None:
         return None
     counted = args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
     layers: int = args.num_layers + counted
-    return layers // args.pipeline_model_parallel_size // int(args.num_layers_per_virtual_pipeline_stage)
+    return layers // int(args.pipeline_model_parallel_size) // int(args.num_layers_per_virtual_pipeline_stage)
 
 
 def grouped(spec: Spec) -> Spec:

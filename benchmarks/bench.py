@@ -23,10 +23,12 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ckptconv.dtypes import BF16, FP32
-from ckptconv.execute import ExecuteOptions, execute
+from ckptconv.executor.execute import ExecuteOptions, execute
+from ckptconv.leaves import contiguous
+from ckptconv.nodes import concat
 from ckptconv.plan import File, Plan
 from ckptconv.source import Source
-from ckptconv.tensor import Shape, Tensor, concat, contiguous
+from ckptconv.tensor import Shape, Tensor
 from ckptconv.testing.plans import Named, carve, plain_file, summed_file, write_source
 from ckptconv.values import Cast
 

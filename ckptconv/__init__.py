@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     from ckptconv.checkpoint import Checkpoint, Key, Stored
     from ckptconv.compare import verify
     from ckptconv.errors import CkptconvError
-    from ckptconv.execute import ExecuteOptions, Report
+    from ckptconv.executor.execute import ExecuteOptions, Report
     from ckptconv.pipeline import Job, Prepared, convert, load, prepare
     from ckptconv.tensor import Tensor
 
 _HOMES = {
     "Checkpoint": "checkpoint",
     "CkptconvError": "errors",
-    "ExecuteOptions": "execute",
+    "ExecuteOptions": "executor.execute",
     "Job": "pipeline",
     "Key": "checkpoint",
     "Prepared": "pipeline",
-    "Report": "execute",
+    "Report": "executor.execute",
     "Stored": "checkpoint",
     "Tensor": "tensor",
     "convert": "pipeline",

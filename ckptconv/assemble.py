@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from ckptconv.tensor import Shape, Tensor, concat
+from ckptconv.nodes import concat
+from ckptconv.tensor import Shape, Tensor
 
 Box = tuple[tuple[int, int], ...]
 Part = tuple[Shape, Tensor]

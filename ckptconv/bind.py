@@ -147,7 +147,9 @@ class _Binder:
         layer = index if variable == "l" else None
         holding = [a for a, tags in row.alternatives if all(self.has(t, layer) for t in tags)]
         if len(holding) > 1:
-            raise MappingError(f"mapping {self.mapping.name!r}: {row.rule.stored!r} has two alternatives that hold at once")
+            raise MappingError(
+                f"mapping {self.mapping.name!r}: {row.rule.stored!r} has two alternatives that hold at once"
+            )
         if not holding:
             return
         expr, box = self.expression(row.rule, holding[0])

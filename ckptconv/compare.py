@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ckptconv.checkpoint import Checkpoint, Key
 from ckptconv.dtypes import FP32
-from ckptconv.execute import Progress
+from ckptconv.executor.execute import Progress
 from ckptconv.moves import Move, Reader
 from ckptconv.pipeline import Job, open_checkpoint
 from ckptconv.tensor import Tensor

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ckptconv.tensor import Shape, Tensor, concat
+from ckptconv.nodes import concat
+from ckptconv.tensor import Shape, Tensor
 
 
 class Op(Protocol):

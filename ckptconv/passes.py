@@ -8,7 +8,8 @@ from ckptconv.checkpoint import Checkpoint, Key
 from ckptconv.dtypes import DTYPES, DType
 from ckptconv.errors import ConfigError, UsageError
 from ckptconv.mapping import Mapping
-from ckptconv.tensor import Fill, Tensor, concat
+from ckptconv.nodes import Fill, concat
+from ckptconv.tensor import Tensor
 from ckptconv.values import Cast
 
 STATE_SLOTS = frozenset({"exp_avg", "exp_avg_sq"})  # moments: padded with zeros, never cast

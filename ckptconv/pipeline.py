@@ -13,11 +13,11 @@ from ckptconv import passes
 from ckptconv.canonicalize import canonicalize
 from ckptconv.checkpoint import Checkpoint, Origin, Stored
 from ckptconv.errors import PlanError, UsageError
-from ckptconv.execute import ExecuteOptions, Progress, Report, execute
+from ckptconv.executor.execute import ExecuteOptions, Progress, Report, execute
+from ckptconv.executor.manifest_check import check_manifest
 from ckptconv.formats import Format, Request
 from ckptconv.layout import Layout, layout_from
 from ckptconv.localize import localize
-from ckptconv.manifest_check import check_manifest
 from ckptconv.mapping import Mapping
 from ckptconv.mapping_files import chosen, load_mapping_file
 from ckptconv.plan import Check, Plan

@@ -16,27 +16,25 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up. A module may import modules of earlier lines, and its own package; nothing else.
 LAYERS = """
-errors crc system source dtypes
+errors source dtypes shapes
 sizes values
 moves
 tensor
-assemble ops plan torch_bridge
+nodes
+leaves assemble ops plan torch_bridge
 config topology
-config_codecs layout vocabulary
+layout vocabulary
 mapping
 mapping_files checkpoint bind
-canonicalize localize dialect passes family_config
+canonicalize localize dialect passes
 containers
 formats
-formats.hf_files
+huggingface
 formats.hf
 megatron
 formats.mcore formats.legacy
 registry
-outputs units fingerprint
-manifest journal
-destination worker complete manifest_check
-execute
+executor
 pipeline
 compare inspection
 testing

@@ -139,7 +139,7 @@ def run(job: Job, dst: Path, params: dict[str, Any]) -> None:
 
     from ckptconv.cli import render
     from ckptconv.cli.progress import progress
-    from ckptconv.execute import execute
+    from ckptconv.executor.execute import execute
     from ckptconv.pipeline import check_places, prepare
 
     options = make_execute_options(params)

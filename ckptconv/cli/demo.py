@@ -17,12 +17,13 @@ from ckptconv.config import ModelConfig
 from ckptconv.containers import safetensors
 from ckptconv.dtypes import BF16
 from ckptconv.errors import CkptconvError
-from ckptconv.execute import ExecuteOptions, execute
+from ckptconv.executor.execute import ExecuteOptions, execute
+from ckptconv.leaves import contiguous
 from ckptconv.mapping_files import load_mapping
 from ckptconv.pipeline import convert
 from ckptconv.plan import File, Plan, Segment
 from ckptconv.source import whole
-from ckptconv.tensor import Tensor, contiguous
+from ckptconv.tensor import Tensor
 from ckptconv.topology import Rank, even
 
 CONFIG = {

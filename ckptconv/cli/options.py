@@ -11,7 +11,7 @@ import click
 from ckptconv.errors import UsageError
 
 if TYPE_CHECKING:
-    from ckptconv.execute import ExecuteOptions
+    from ckptconv.executor.execute import ExecuteOptions
     from ckptconv.pipeline import Job
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -204,7 +204,7 @@ def _saver_options(given: dict[str, object], mcore_version: str | None) -> dict[
 
 
 def make_execute_options(params: dict[str, Any]) -> ExecuteOptions:
-    from ckptconv.execute import ExecuteOptions
+    from ckptconv.executor.execute import ExecuteOptions
     from ckptconv.sizes import parse_size
 
     return ExecuteOptions(

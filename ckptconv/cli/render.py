@@ -11,7 +11,7 @@ from ckptconv.sizes import human
 
 if TYPE_CHECKING:
     from ckptconv.compare import Verdict
-    from ckptconv.execute import Report
+    from ckptconv.executor.execute import Report
     from ckptconv.pipeline import Prepared
     from ckptconv.tensor import Tensor
 
@@ -24,7 +24,7 @@ def emit(data: object) -> None:
 
 def plan_facts(prepared: Prepared) -> dict[str, Any]:
     """A plan as plain data: files, sizes, and each tensor's recipe."""
-    from ckptconv.execute import memory_needed
+    from ckptconv.executor.execute import memory_needed
     from ckptconv.tensor import Tensor
 
     plan = prepared.plan
@@ -48,7 +48,7 @@ def plan_facts(prepared: Prepared) -> dict[str, Any]:
 
 def recipe(tensor: Tensor, root: str) -> str:
     """What a tensor is made of, in one line."""
-    from ckptconv.tensor import Concat, Fill, Fold, Map, View
+    from ckptconv.nodes import Concat, Fill, Fold, Map, View
 
     head = f"{tensor.dtype}{list(tensor.shape)}"
     if isinstance(tensor, View):

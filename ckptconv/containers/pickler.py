@@ -21,7 +21,8 @@ from ckptconv.containers.pickled import (
 )
 from ckptconv.dtypes import UINT8, DType
 from ckptconv.errors import FormatError
-from ckptconv.tensor import Tensor, contiguous
+from ckptconv.leaves import contiguous
+from ckptconv.tensor import Tensor
 
 _MARK, _STOP, _REDUCE, _NEWOBJ, _BUILD, _TUPLE, _PERSID = b"(", b".", b"R", b"\x81", b"b", b"t", b"Q"
 _TUPLES = {1: b"\x85", 2: b"\x86", 3: b"\x87"}

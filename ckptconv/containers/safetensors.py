@@ -12,8 +12,9 @@ from typing import NoReturn
 from ckptconv.containers.ranges import HeaderReader, Place, locate
 from ckptconv.dtypes import BY_SAFETENSORS, DType
 from ckptconv.errors import FormatError
+from ckptconv.leaves import contiguous
 from ckptconv.plan import File, Segment
-from ckptconv.tensor import Shape, Tensor, contiguous
+from ckptconv.tensor import Shape, Tensor
 
 MAX_HEADER = 100_000_000  # the library refuses more
 MAX_NBYTES = 1 << 62

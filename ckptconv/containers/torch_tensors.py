@@ -10,8 +10,9 @@ from ckptconv.containers.pickled import Global, Opaque, Storage, TorchDType
 from ckptconv.containers.plain_calls import Args, Call
 from ckptconv.containers.unpickle import Unpickler
 from ckptconv.dtypes import BY_STORAGE, DType
+from ckptconv.leaves import view
 from ckptconv.source import Source
-from ckptconv.tensor import Tensor, view
+from ckptconv.tensor import Tensor
 
 MAX_AXES = 64
 MAX_NBYTES = 1 << 62

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from collections.abc import Mapping as Dict
 from dataclasses import dataclass, field, replace
@@ -11,14 +12,21 @@ from pathlib import Path
 
 from ckptconv.checkpoint import Checkpoint, Extras, Key, Stored, Target
 from ckptconv.config import ModelConfig
-from ckptconv.config_codecs import Table
 from ckptconv.containers import json_file, safetensors
 from ckptconv.dialect import detect
 from ckptconv.dtypes import UINT8
 from ckptconv.errors import CkptconvError, ConfigError, TopologyError, UsageError
-from ckptconv.family_config import check_fits, config_text, family_named, family_of, read_config, write_config
 from ckptconv.formats import Request
-from ckptconv.formats.hf_files import (
+from ckptconv.huggingface.config_codecs import Table
+from ckptconv.huggingface.family_config import (
+    check_fits,
+    config_text,
+    family_named,
+    family_of,
+    read_config,
+    write_config,
+)
+from ckptconv.huggingface.files import (
     CONFIG,
     INDEX,
     folder_of,
@@ -29,12 +37,13 @@ from ckptconv.formats.hf_files import (
     read_weights,
     side_files,
 )
+from ckptconv.leaves import contiguous
 from ckptconv.mapping import Mapping
 from ckptconv.mapping_files import chosen, families, family_names
 from ckptconv.plan import File, Plan, Segment
 from ckptconv.sizes import parse_size
 from ckptconv.source import Source, whole
-from ckptconv.tensor import Tensor, contiguous
+from ckptconv.tensor import Tensor
 from ckptconv.topology import Rank, Topology, even
 
 SHARD_FLAG = "--saver.max-shard-size"
@@ -171,7 +180,7 @@ def _family(config: ModelConfig, options: HfSave, request: Request) -> str:
 def _config_file(folder: Path, given: Path | None) -> Path:
     """config.json of the checkpoint, or the one the user points to."""
     if given is None:
-        if not (folder / CONFIG).exists():
+        if not os.path.lexists(folder / CONFIG):
             raise ConfigError(
                 f"{folder}: no {CONFIG}, so the architecture is not known; give --loader.config FOLDER|FILE"
             )

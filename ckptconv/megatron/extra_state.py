@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 from ckptconv.containers.pickled import bytes_io
 from ckptconv.dtypes import UINT8
+from ckptconv.leaves import full
 from ckptconv.megatron.measure import LAYER
 from ckptconv.megatron.versions import Core, Version
-from ckptconv.tensor import Fill, Tensor, concat, full
+from ckptconv.nodes import Fill, concat
+from ckptconv.tensor import Tensor
 
 NAME = "_extra_state"
 _LINEAR = re.compile(r"(?:self_attention|mlp(?:\.experts(?:\.local_experts\.\d+)?)?)\.linear_(?:proj|qkv|fc1|fc2)$")

@@ -8,9 +8,9 @@ from pathlib import Path
 from ckptconv.config import ModelConfig
 from ckptconv.containers import json_file
 from ckptconv.errors import UsageError
-from ckptconv.family_config import family_named, family_of, read_config
 from ckptconv.formats import Request
-from ckptconv.formats.hf_files import CONFIG, inside, side_files
+from ckptconv.huggingface.family_config import family_named, family_of, read_config
+from ckptconv.huggingface.files import CONFIG, inside, side_files
 from ckptconv.mapping import Mapping
 from ckptconv.mapping_files import chosen, families
 from ckptconv.source import Source, whole

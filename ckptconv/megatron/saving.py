@@ -13,7 +13,8 @@ from ckptconv.containers.pickled import Namespace, Ordered
 from ckptconv.dtypes import FP32, UINT8, DType
 from ckptconv.errors import ConfigError, UsageError
 from ckptconv.formats import Request
-from ckptconv.formats.hf_files import CONFIG, is_side_file
+from ckptconv.huggingface.files import CONFIG, is_side_file
+from ckptconv.leaves import contiguous
 from ckptconv.megatron.args_table import Subject
 from ckptconv.megatron.args_write import notes, write_args
 from ckptconv.megatron.extra_state import ExtraState
@@ -21,7 +22,6 @@ from ckptconv.megatron.folders import FILES, HF, RELEASE, TRACKER, iteration_nam
 from ckptconv.megatron.versions import Core, show
 from ckptconv.plan import File, Plan, Segment
 from ckptconv.source import Source
-from ckptconv.tensor import contiguous
 from ckptconv.topology import Rank, Topology
 
 DIVISOR = 128  # Megatron's own default of --make-vocab-size-divisible-by

@@ -13,11 +13,12 @@ from ckptconv.bind import bind
 from ckptconv.config import ModelConfig
 from ckptconv.containers import safetensors
 from ckptconv.dtypes import DTYPES, DType
-from ckptconv.family_config import family_of, read_config
+from ckptconv.huggingface.family_config import family_of, read_config
+from ckptconv.leaves import contiguous
 from ckptconv.mapping import Mapping
 from ckptconv.mapping_files import families
 from ckptconv.source import Source
-from ckptconv.tensor import Tensor, contiguous
+from ckptconv.tensor import Tensor
 from ckptconv.topology import Rank, even
 
 WEIGHTS = "model.safetensors"

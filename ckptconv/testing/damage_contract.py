@@ -12,9 +12,10 @@ import pytest
 
 from ckptconv.checkpoint import Key, Stored
 from ckptconv.errors import CkptconvError, CoverageError
+from ckptconv.leaves import contiguous
 from ckptconv.plan import File, Plan
 from ckptconv.source import Source
-from ckptconv.tensor import Tensor, contiguous
+from ckptconv.tensor import Tensor
 from ckptconv.testing.format_base import FormatBase, refusal
 from ckptconv.testing.workbench import Bench, changed, payload, write_hollow
 from ckptconv.topology import Rank

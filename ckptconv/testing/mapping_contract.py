@@ -16,16 +16,17 @@ from ckptconv.bind import bind
 from ckptconv.canonicalize import canonicalize
 from ckptconv.checkpoint import Checkpoint, Key, Origin, Stored, Target
 from ckptconv.config import ModelConfig, units
-from ckptconv.config_codecs import CODECS
 from ckptconv.dialect import detect, variants
 from ckptconv.dtypes import BF16
 from ckptconv.errors import ConfigError, CoverageError, MappingError, TopologyError
-from ckptconv.family_config import check_fits, entries, family_of, read_config, write_config
+from ckptconv.huggingface.config_codecs import CODECS
+from ckptconv.huggingface.family_config import check_fits, entries, family_of, read_config, write_config
+from ckptconv.leaves import contiguous
 from ckptconv.localize import localize
 from ckptconv.mapping import Mapping
 from ckptconv.mapping_files import families, load_mapping, load_mapping_file
 from ckptconv.source import Source
-from ckptconv.tensor import Tensor, contiguous
+from ckptconv.tensor import Tensor
 from ckptconv.topology import Rank, Topology, even, with_stages
 
 DENSE = ModelConfig(

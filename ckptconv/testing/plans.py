@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from ckptconv.dtypes import BF16, FP16, FP32, DType
+from ckptconv.leaves import contiguous, full
+from ckptconv.nodes import concat
 from ckptconv.plan import Check, File, Late, Plan, Segment
 from ckptconv.source import Source
-from ckptconv.tensor import Shape, Tensor, concat, contiguous, full
+from ckptconv.tensor import Shape, Tensor
 from ckptconv.values import Cast
 
 Named = tuple[str, Tensor]

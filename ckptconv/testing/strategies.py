@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from ckptconv.config import ModelConfig
 from ckptconv.dtypes import DTYPES, DType
+from ckptconv.leaves import contiguous
+from ckptconv.nodes import concat
 from ckptconv.source import Source
-from ckptconv.tensor import Tensor, concat, contiguous
+from ckptconv.tensor import Tensor
 from ckptconv.topology import Topology, with_stages
 
 Array = NDArray[Any]

@@ -9,7 +9,7 @@ from typing import Any
 
 from ckptconv.canonicalize import canonicalize
 from ckptconv.checkpoint import Checkpoint, Key, Stored
-from ckptconv.execute import ExecuteOptions, Progress, Report, execute
+from ckptconv.executor.execute import ExecuteOptions, Progress, Report, execute
 from ckptconv.formats import Format, Request
 from ckptconv.formats.hf import Hf, HfLoad
 from ckptconv.layout import layout_from

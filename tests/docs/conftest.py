@@ -12,9 +12,19 @@ from pathlib import Path
 import pytest
 
 from ckptconv.cli import main
+from ckptconv.testing.models import make_hf
 
 DOCS = Path(__file__).parents[2] / "docs"
 BLOCK = re.compile(r"<!-- file: (\S+) -->\n+```\w*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+# folders that documents may use; the last two have heads and experts as those they are named after
+BIG = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 4, "num_hidden_layers": 32}
+MODELS: dict[str, tuple[str, dict[str, int]]] = {
+    "llama": ("llama", {}),
+    "mixtral": ("mixtral", {}),
+    "qwen": ("qwen3", {}),
+    "Llama-3.1-8B": ("llama3", BIG),
+    "Mixtral-8x7B": ("mixtral", {**BIG, "num_hidden_layers": 4, "num_local_experts": 8}),
+}
 
 Done = subprocess.CompletedProcess[str]
 Run = Callable[..., Done]
@@ -68,3 +78,20 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return done
 
     return one
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models that documents speak of, in bf16."""
+    place = tmp_path_factory.mktemp("models")
+    for folder, (kind, config) in MODELS.items():
+        make_hf(place / folder, kind, dtype="bfloat16", **config)
+    return place
+
+
+@pytest.fixture
+def sandbox(models: Path, tmp_path: Path) -> Path:
+    """A folder in which they lie, for the commands of one document."""
+    for folder in MODELS:
+        (tmp_path / folder).symlink_to(models / folder)
+    return tmp_path

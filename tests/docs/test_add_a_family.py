@@ -12,9 +12,9 @@ import pytest
 from ckptconv.checkpoint import Key
 from ckptconv.containers import safetensors
 from ckptconv.dtypes import BF16
-from ckptconv.family_config import read_config
 from ckptconv.formats import Request
 from ckptconv.formats.mcore import Mcore, McoreLoad
+from ckptconv.huggingface.family_config import read_config
 from ckptconv.mapping_files import load_mapping, load_mapping_file
 from ckptconv.testing.checkpoints import WEIGHTS, config_of, shapes_of, write_hf, write_tensors
 from ckptconv.topology import Rank

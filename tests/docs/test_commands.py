@@ -1,4 +1,9 @@
-"""The commands and Python of the documents, run as they stand: every `sh` block of `ckptconv` lines, every `python` block of the README."""
+"""The commands and Python of the documents, run as they stand, and what they are shown to print.
+
+Every line of an `sh` block that begins with ckptconv is run; so is every `$ ckptconv ...` of a `console` block behind
+`<!-- run -->`, whose output is held against what follows it there (`...` stands for anything). A comment `# exit 1`
+says how a command ends, if not well.
+"""
 
 from __future__ import annotations
 
@@ -6,50 +11,55 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-from ckptconv.testing.models import make_hf
-
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+RUN = re.compile(r"^(?:```(sh)|<!-- run -->\n+```(console))\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+EXIT = re.compile(r"#.*\bexit (\d)")
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-MODELS = {"llama": "llama", "mixtral": "mixtral", "qwen": "qwen3"}  # folder that documents may use -> what is in it
 
 
-def commands(document: Path) -> list[str]:
-    blocks = [text for language, text in BLOCK.findall(document.read_text()) if language == "sh"]
-    return [line for text in blocks for line in text.splitlines() if line.startswith("ckptconv ")]
+class Step(NamedTuple):
+    """A command line; `shown` is the output, None where the document shows none."""
+
+    line: str
+    shown: str | None = None
+
+    @property
+    def code(self) -> int:
+        found = EXIT.search(self.line)
+        return int(found[1]) if found else 0
 
 
-WITH_COMMANDS = [document for document in DOCUMENTS if commands(document)]
+def steps(document: Path) -> Iterator[Step]:
+    for plain, shown, text in RUN.findall(document.read_text()):
+        if plain:
+            yield from (Step(line) for line in text.splitlines() if line.startswith("ckptconv "))
+        for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:] if shown else ():
+            line, _, output = part.partition("\n")
+            yield Step(line, output)
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("models")
-    for folder, kind in MODELS.items():
-        make_hf(place / folder, kind, dtype="bfloat16")
-    return place
-
-
-@pytest.fixture
-def sandbox(models: Path, tmp_path: Path) -> Path:
-    for folder in MODELS:
-        (tmp_path / folder).symlink_to(models / folder)
-    return tmp_path
+WITH_COMMANDS = [document for document in DOCUMENTS if any(steps(document))]
 
 
 @pytest.mark.parametrize("document", WITH_COMMANDS, ids=lambda path: path.name)
 def test_commands_of_a_document_run_one_after_the_other(
-    document: Path, sandbox: Path, run: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+    document: Path, sandbox: Path, run: Callable[..., subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(sandbox)
-    for line in commands(document):
-        run(*shlex.split(line, comments=True))
+    for step in steps(document):
+        done = run(*shlex.split(step.line, comments=True), code=step.code)
+        if step.shown is not None:
+            wanted = re.escape(step.shown.strip()).replace(r"\.\.\.", ".*")
+            printed = [(a + b).strip() for a, b in ((done.stderr, done.stdout), (done.stdout, done.stderr))]
+            assert any(re.fullmatch(wanted, text, re.DOTALL) for text in printed), f"{step.line}\n{printed[0]}"
 
 
 def test_python_of_the_readme_runs(sandbox: Path) -> None:
@@ -67,4 +77,5 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 
 def test_the_readme_is_run_at_all() -> None:
-    assert len(commands(ROOT / "README.md")) > 8
+    assert sum(1 for _ in steps(ROOT / "README.md")) > 8
+    assert any(step.shown for step in steps(ROOT / "README.md"))

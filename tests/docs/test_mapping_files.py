@@ -14,15 +14,16 @@ import pytest
 from ckptconv import mapping_files
 from ckptconv.canonicalize import canonicalize
 from ckptconv.config import AXES, TAGS, ModelConfig, units
-from ckptconv.config_codecs import CODECS
 from ckptconv.dialect import variants
 from ckptconv.dtypes import DTYPES
 from ckptconv.errors import CoverageError, MappingError, TopologyError
+from ckptconv.huggingface.config_codecs import CODECS
+from ckptconv.leaves import contiguous
 from ckptconv.mapping import BLOCK_KEYS, CONDITIONS, PARAMETERS
 from ckptconv.mapping_files import TOP_LEVEL, load_mapping, load_mapping_file
 from ckptconv.ops import OPS
 from ckptconv.source import Source
-from ckptconv.tensor import Tensor, contiguous
+from ckptconv.tensor import Tensor
 from ckptconv.testing.mapping_contract import LAYOUTS, SHAPES, stored, whole
 from ckptconv.topology import ROLES
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from ckptconv import complete, destination, execute, fingerprint, journal, worker
+from ckptconv.executor import complete, destination, execute, fingerprint, journal, worker
 from ckptconv.testing.plans import mixed_plan
 
 PHASES = ["planning", "first", "middle", "final", "rename"]

@@ -6,9 +6,9 @@ import json
 import sys
 from pathlib import Path
 
-from ckptconv.execute import ExecuteOptions, execute, peak_memory
+from ckptconv.executor.execute import ExecuteOptions, execute, peak_memory
+from ckptconv.nodes import concat
 from ckptconv.plan import Plan
-from ckptconv.tensor import concat
 from ckptconv.testing.plans import carve, plain_file, summed_file
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from ckptconv import system
 from ckptconv.errors import FormatError, PlanError, ResumeError
-from ckptconv.execute import ExecuteOptions, execute
+from ckptconv.executor import system
+from ckptconv.executor.execute import ExecuteOptions, execute
 from ckptconv.plan import Plan
 from ckptconv.testing.plans import expected, mixed_bytes, mixed_plan, read_tree, write_source
 
@@ -58,7 +58,7 @@ def failing(real: Any, after: int, code: int) -> Any:
 
 
 def test_full_disk_at_allocation_leaves_nothing(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckptconv.outputs.allocate", failing(system.allocate, 2, errno.ENOSPC))
+    monkeypatch.setattr("ckptconv.executor.outputs.allocate", failing(system.allocate, 2, errno.ENOSPC))
     with pytest.raises(OSError, match=r"No space left.*model\.safetensors"):
         execute(plan, tmp_path / "out")
     assert beside(tmp_path) == []
@@ -68,7 +68,7 @@ def test_full_disk_at_allocation_leaves_nothing(plan: Plan, tmp_path: Path, monk
 def test_full_disk_later_keeps_what_is_finished(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    monkeypatch.setattr("ckptconv.worker.BARRIER", 1 << 20)
+    monkeypatch.setattr("ckptconv.executor.worker.BARRIER", 1 << 20)
     real = os.pwrite
     out = failing(real, after, errno.ENOSPC)
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: (out if is_output(fd) else real)(fd, data, at))
@@ -129,7 +129,7 @@ def test_source_cut_while_it_is_read_names_file_and_byte(tmp_path: Path) -> None
 def test_read_error_names_the_file_and_keeps_the_rest(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ckptconv.worker.BARRIER", 1 << 20)
+    monkeypatch.setattr("ckptconv.executor.worker.BARRIER", 1 << 20)
     monkeypatch.setattr(os, "preadv", failing(os.preadv, 15, errno.EIO))
     with pytest.raises(OSError, match=r"Input/output error.*source\.bin"):
         execute(plan, tmp_path / "out", ExecuteOptions(workers=1))

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from ckptconv.execute import ExecuteOptions, execute
-from ckptconv.journal import Journal
+from ckptconv.executor.execute import ExecuteOptions, execute
+from ckptconv.executor.journal import Journal
+from ckptconv.executor.units import CHECKS, pieces
 from ckptconv.plan import Plan
 from ckptconv.tensor import Tensor
 from ckptconv.testing.plans import expected, mixed_bytes, mixed_plan, read_tree, write_source
-from ckptconv.units import CHECKS, pieces
 
 SCALE = 4
 CHILD = Path(__file__).with_name("child.py")

@@ -25,8 +25,8 @@ from ckptconv.errors import ConfigError, FormatError, TopologyError, UsageError
 from ckptconv.formats import Request
 from ckptconv.formats.hf import Hf, HfLoad, HfSave, split, weight_files
 from ckptconv.localize import localize
+from ckptconv.nodes import Fill
 from ckptconv.plan import Late, Plan
-from ckptconv.tensor import Fill
 from ckptconv.topology import Rank, Topology, even
 
 HF = Hf()

@@ -18,11 +18,11 @@ torch = pytest.importorskip("torch")
 
 from ckptconv.errors import CkptconvError, ConfigError, TopologyError, UsageError  # noqa: E402
 from ckptconv.layout import Layout  # noqa: E402
+from ckptconv.leaves import full  # noqa: E402
 from ckptconv.megatron.extra_state import ExtraState, saved_none  # noqa: E402
 from ckptconv.megatron.saving import nested, vocab_rows  # noqa: E402
 from ckptconv.megatron.versions import Core  # noqa: E402
 from ckptconv.pipeline import Job, convert, prepare  # noqa: E402
-from ckptconv.tensor import full  # noqa: E402
 from ckptconv.topology import even  # noqa: E402
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "mlm"

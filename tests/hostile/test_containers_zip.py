@@ -16,7 +16,7 @@ import torch
 from ckptconv.containers import torch_file, torch_write
 from ckptconv.containers.pickled import Namespace
 from ckptconv.dtypes import DTYPES
-from ckptconv.nodes import full
+from ckptconv.leaves import full
 from tests.unit.helpers.containers import attempt, flatten, refused, stored_zip, torch_zip, write
 
 NONE = b"\x80\x02N."

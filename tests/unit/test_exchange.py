@@ -13,10 +13,12 @@ from ckptconv.checkpoint import Checkpoint, Key, Origin, Stored, Target
 from ckptconv.config import ModelConfig
 from ckptconv.dtypes import BF16, FP32
 from ckptconv.errors import ConfigError, CoverageError, FormatError, UsageError
+from ckptconv.leaves import contiguous
 from ckptconv.localize import localize
 from ckptconv.mapping_files import load_mapping
+from ckptconv.nodes import Concat, Fill, Map, View
 from ckptconv.source import Source
-from ckptconv.tensor import Concat, Fill, Map, Tensor, View, contiguous
+from ckptconv.tensor import Tensor
 from ckptconv.topology import Rank, Topology, even
 
 CONFIG = ModelConfig(

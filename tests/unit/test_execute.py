@@ -11,14 +11,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ckptconv import outputs
 from ckptconv.dtypes import FP16, FP32
 from ckptconv.errors import FormatError, PlanError, ReplicaError, ResumeError, ValueLossError
-from ckptconv.execute import ExecuteOptions, Report, execute
-from ckptconv.fingerprint import fingerprint
+from ckptconv.executor import outputs
+from ckptconv.executor.execute import ExecuteOptions, Report, execute
+from ckptconv.executor.fingerprint import fingerprint
+from ckptconv.leaves import contiguous
 from ckptconv.plan import Check, File, Late, Plan, Segment
 from ckptconv.source import whole
-from ckptconv.tensor import Tensor, contiguous
+from ckptconv.tensor import Tensor
 from ckptconv.testing.plans import carve, expected, mixed_bytes, mixed_plan, plain_file, read_tree, write_source
 from ckptconv.values import Cast, Loss
 
@@ -98,7 +99,7 @@ def test_empty_folder_that_cannot_be_replaced_is_filled(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr("ckptconv.destination._mounted", lambda path: path.endswith("/out"))
+    monkeypatch.setattr("ckptconv.executor.destination._mounted", lambda path: path.endswith("/out"))
     execute(plan, tmp_path / "out")
     assert result(tmp_path / "out") == expected(plan)
     with pytest.raises(PlanError, match="is not empty, and its parent"):
@@ -120,7 +121,7 @@ def test_existing_destination_is_refused(plan: Plan, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_force_replaces(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swap: bool, kind: str) -> None:
     if not swap:
-        monkeypatch.setattr("ckptconv.destination.exchange", lambda a, b: False)
+        monkeypatch.setattr("ckptconv.executor.destination.exchange", lambda a, b: False)
     if kind == "folder":
         (tmp_path / "out" / "rank_0").mkdir(parents=True)
         (tmp_path / "out" / "rank_0" / "old.txt").write_text("old")
@@ -207,7 +208,7 @@ def test_final_file_may_hold_a_tensor(source: Path, tmp_path: Path) -> None:
 
 def test_thousands_of_files_need_few_descriptors(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outputs, "OPEN_OUTPUTS", 4)
-    monkeypatch.setattr("ckptconv.worker.BARRIER", 100_000)
+    monkeypatch.setattr("ckptconv.executor.worker.BARRIER", 100_000)
     tensors = carve(source, [(100,)] * 1500)
     plan = Plan(tuple(plain_file(f"{i // 100}/{i}", [("w", t)]) for i, t in enumerate(tensors)))
     before = len(os.listdir("/proc/self/fd"))

@@ -11,10 +11,10 @@ import pytest
 import transformers
 
 from ckptconv.config import ModelConfig, Rope
-from ckptconv.config_codecs import plain
 from ckptconv.dtypes import BF16, BY_TORCH, FP16
 from ckptconv.errors import ConfigError, MappingError, UsageError
-from ckptconv.family_config import (
+from ckptconv.huggingface.config_codecs import plain
+from ckptconv.huggingface.family_config import (
     check_fits,
     config_text,
     entries,

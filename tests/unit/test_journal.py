@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from ckptconv.errors import ResumeError
-from ckptconv.fingerprint import Fingerprint
-from ckptconv.journal import Journal, Proof, Seal
+from ckptconv.executor.fingerprint import Fingerprint
+from ckptconv.executor.journal import Journal, Proof, Seal
+from ckptconv.executor.units import Claim
 from ckptconv.source import Identity
-from ckptconv.units import Claim
 from ckptconv.values import Loss
 
 MINE = Fingerprint("ab" * 16, {"options": {"tp": 2}}, {"/src/a": Identity(10, 5)})

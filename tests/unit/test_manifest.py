@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from ckptconv.errors import FormatError
-from ckptconv.execute import execute
-from ckptconv.manifest import damage, read_manifest, relative
+from ckptconv.executor.execute import execute
+from ckptconv.executor.manifest import damage, read_manifest, relative
 from ckptconv.testing.plans import mixed_bytes, mixed_plan, write_source
 
 

@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from ckptconv import moves
 from ckptconv.dtypes import BF16, DTYPES, FP16, FP32, DType
 from ckptconv.errors import FormatError
+from ckptconv.leaves import contiguous, full, view
 from ckptconv.moves import Reader, Span, clip, make
+from ckptconv.nodes import concat
 from ckptconv.source import LocalFile, Source
-from ckptconv.tensor import Tensor, concat, contiguous, full, view
+from ckptconv.tensor import Tensor
 from ckptconv.values import Cast, Loss
 
 Array = NDArray[Any]

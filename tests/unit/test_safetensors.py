@@ -13,9 +13,10 @@ import torch
 from ckptconv.containers import safetensors as st
 from ckptconv.dtypes import BY_TORCH, DTYPES
 from ckptconv.errors import FormatError
+from ckptconv.leaves import full
+from ckptconv.nodes import View
 from ckptconv.plan import File
 from ckptconv.source import Source
-from ckptconv.tensor import View, full
 from tests.unit.helpers.containers import bits, write
 
 

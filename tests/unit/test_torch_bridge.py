@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from ckptconv.dtypes import DTYPES
+from ckptconv.leaves import contiguous
+from ckptconv.nodes import Fill
 from ckptconv.source import whole
-from ckptconv.tensor import Fill, contiguous
 from ckptconv.torch_bridge import to_torch
 
 

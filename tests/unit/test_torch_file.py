@@ -18,8 +18,8 @@ from ckptconv.containers import torch_file
 from ckptconv.containers.pickled import Namespace, Opaque, Ordered, Storage, bytes_of, to_numpy
 from ckptconv.dtypes import DTYPES
 from ckptconv.errors import FormatError
+from ckptconv.nodes import View
 from ckptconv.source import Source
-from ckptconv.tensor import View
 from tests.unit.helpers.containers import assert_same, torch_load
 
 GOLDENS = sorted((Path(__file__).parents[1] / "golden" / "mlm").glob("**/*.pt"))

@@ -17,8 +17,10 @@ from ckptconv.containers import torch_file, torch_write
 from ckptconv.containers.pickled import Global, Namespace, Opaque, Ordered, TorchDType, bytes_io
 from ckptconv.dtypes import DTYPES
 from ckptconv.errors import FormatError
+from ckptconv.leaves import full
+from ckptconv.nodes import concat
 from ckptconv.plan import Late
-from ckptconv.tensor import Tensor, concat, full
+from ckptconv.tensor import Tensor
 from tests.unit.helpers.containers import assert_same, torch_load, write
 from tests.unit.test_torch_file import GOLDENS, OBJECTS
 

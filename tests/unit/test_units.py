@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from ckptconv.executor.units import CHECKS, CHUNK, PIECE, Batch, Claim, Compare, Group, header_of, pieces, units
 from ckptconv.plan import File, Plan, Segment
 from ckptconv.tensor import Tensor
 from ckptconv.testing.plans import carve, mixed_bytes, mixed_plan, plain_file, summed_file, write_source
-from ckptconv.units import CHECKS, CHUNK, PIECE, Batch, Claim, Compare, Group, header_of, pieces, units
 
 Spans = set[tuple[int, int]]
 

@@ -17,8 +17,8 @@ from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from ckptconv.config import ModelConfig, Rope
-from ckptconv.config_codecs import ABSENT, CODECS, Entry, Section, Table, plain
 from ckptconv.errors import ConfigError, MappingError, UsageError
+from ckptconv.huggingface.config_codecs import ABSENT, CODECS, Entry, Section, Table, plain
 from ckptconv.mapping import Mapping
 from ckptconv.mapping_files import chosen, family_names
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ckptconv.errors import PlanError
-from ckptconv.fingerprint import MANIFEST, OURS
-from ckptconv.journal import Seal
-from ckptconv.system import exchange
+from ckptconv.executor.fingerprint import MANIFEST, OURS
+from ckptconv.executor.journal import Seal
+from ckptconv.executor.system import exchange
 
 
 class Destination(NamedTuple):

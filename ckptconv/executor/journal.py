@@ -15,10 +15,10 @@ from collections.abc import Iterable
 from typing import NamedTuple, Self
 
 from ckptconv.errors import ResumeError
-from ckptconv.fingerprint import Fingerprint, differences
-from ckptconv.outputs import sync_folder
+from ckptconv.executor.fingerprint import Fingerprint, differences
+from ckptconv.executor.outputs import sync_folder
+from ckptconv.executor.units import Claim
 from ckptconv.source import Identity
-from ckptconv.units import Claim
 from ckptconv.values import NO_LOSS, Loss
 
 _MAGIC = "ckptconv-journal 1 "

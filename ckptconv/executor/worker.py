@@ -10,13 +10,13 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import xxhash
 
-from ckptconv.crc import crc32
-from ckptconv.journal import Proof
+from ckptconv.executor.crc import crc32
+from ckptconv.executor.journal import Proof
+from ckptconv.executor.outputs import Outputs
+from ckptconv.executor.units import CHECKS, CHUNK, PIECE, Batch, Claim, Compare, Group, Unit
 from ckptconv.moves import Bytes, Move, Reader, Span, clipped
-from ckptconv.outputs import Outputs
 from ckptconv.plan import Check, Late, Plan, Segment
 from ckptconv.tensor import Tensor
-from ckptconv.units import CHECKS, CHUNK, PIECE, Batch, Claim, Compare, Group, Unit
 from ckptconv.values import NO_LOSS, Loss
 
 BARRIER = 128 << 20  # bytes written between two journal entries; what a crash may cost

@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
 
+from ckptconv.executor.system import allocate, sync_file_system
 from ckptconv.plan import File
-from ckptconv.system import allocate, sync_file_system
 
 OPEN_OUTPUTS = 128
 MANY = 64  # from here on one flush of the whole file system is cheaper than one for each file

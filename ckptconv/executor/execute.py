@@ -11,17 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
 
-from ckptconv.complete import Completion, folders
-from ckptconv.destination import Destination, check_free, check_space, commit, discard, in_place, locate
 from ckptconv.errors import FormatError, PlanError, ReplicaError, ResumeError, ValueLossError
-from ckptconv.fingerprint import Fingerprint, changed_sources, fingerprint, validate
-from ckptconv.journal import Journal, Seal
-from ckptconv.outputs import Outputs, sync_folder
+from ckptconv.executor.complete import Completion, folders
+from ckptconv.executor.destination import Destination, check_free, check_space, commit, discard, in_place, locate
+from ckptconv.executor.fingerprint import Fingerprint, changed_sources, fingerprint, validate
+from ckptconv.executor.journal import Journal, Seal
+from ckptconv.executor.outputs import Outputs, sync_folder
+from ckptconv.executor.units import CHECKS, PIECE, units
+from ckptconv.executor.worker import START, Ledger, Progress, Worker
 from ckptconv.plan import Plan
 from ckptconv.tensor import Tensor
-from ckptconv.units import CHECKS, PIECE, units
 from ckptconv.values import Loss
-from ckptconv.worker import START, Ledger, Progress, Worker
 
 __all__ = ["ExecuteOptions", "Progress", "Report", "execute"]
 

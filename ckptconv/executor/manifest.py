@@ -16,9 +16,10 @@ import xxhash
 
 from ckptconv.containers import json_file
 from ckptconv.errors import FormatError
-from ckptconv.fingerprint import MANIFEST
-from ckptconv.tensor import Tensor, View
-from ckptconv.units import PIECE, pieces
+from ckptconv.executor.fingerprint import MANIFEST
+from ckptconv.executor.units import PIECE, pieces
+from ckptconv.nodes import View
+from ckptconv.tensor import Tensor
 
 _VERSION = 1
 _BUFFER = 1 << 20

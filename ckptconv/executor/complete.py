@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import xxhash
 
-from ckptconv.crc import crc32, crc32_combine
-from ckptconv.fingerprint import MANIFEST, Fingerprint
-from ckptconv.journal import Proof
-from ckptconv.manifest import FileEntry, Names, TensorEntry, digest_of, relative, render
+from ckptconv.executor.crc import crc32, crc32_combine
+from ckptconv.executor.fingerprint import MANIFEST, Fingerprint
+from ckptconv.executor.journal import Proof
+from ckptconv.executor.manifest import FileEntry, Names, TensorEntry, digest_of, relative, render
+from ckptconv.executor.outputs import Outputs, write_file
+from ckptconv.executor.units import CHUNK, PIECE, Claim, pieces
 from ckptconv.moves import Reader
-from ckptconv.outputs import Outputs, write_file
 from ckptconv.plan import File, Late, Plan
 from ckptconv.tensor import Tensor
-from ckptconv.units import CHUNK, PIECE, Claim, pieces
 from ckptconv.values import Loss
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ckptconv.checkpoint import Stored
 from ckptconv.errors import FormatError
-from ckptconv.fingerprint import MANIFEST
-from ckptconv.manifest import FileEntry, Manifest, damage, read_manifest
+from ckptconv.executor.fingerprint import MANIFEST
+from ckptconv.executor.manifest import FileEntry, Manifest, damage, read_manifest
 
 SHOWN = 20
 ALONE = "only checksums inside the files were compared (safetensors files have none)"

@@ -272,7 +272,7 @@ def test_families(console: Console) -> None:
     rules = json.loads(console("families", "mcore", "--json").out)
     assert rules["output_layer.weight"][0] == {"is": "head.weight", "when": ["!tied"], "on": ["head"], "copy": False}
     assert "    embed.weight  (when tied; on head_apart)" in console("families", "mcore").out
-    assert "known: " in console("families", "nonsense", code=1).err
+    assert "known: " in console("families", "nonsense", code=2).err
 
 
 def test_demo(console: Console) -> None:

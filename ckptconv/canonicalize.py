@@ -92,7 +92,7 @@ class _Gathered:
             self.unexpected[name].append(where)
 
     def is_dropped(self, name: str) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in self.drop)
+        return bool(self.drop) and any(fnmatchcase(name, pattern) for pattern in self.drop)
 
     def add(self, binding: Binding, key: Key, tensor: Tensor, where: str) -> None:
         if tensor.shape != binding.shape:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import ml_dtypes
 import numpy as np
@@ -13,10 +13,10 @@ class DType:
     """An element type. `numpy` interprets the bits; layout code only ever uses `itemsize`."""
 
     name: str
-    numpy: np.dtype[np.generic]
-    safetensors: str
-    torch: str
-    storage: str
+    numpy: np.dtype[np.generic] = field(compare=False)
+    safetensors: str = field(compare=False)
+    torch: str = field(compare=False)
+    storage: str = field(compare=False)
 
     @property
     def itemsize(self) -> int:

@@ -8,7 +8,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from ckptconv.errors import MappingError
+from ckptconv.errors import MappingError, UsageError
 from ckptconv.mapping import Alternative, Apply, Expr, Mapping, Rule, parse_rules, validate
 from ckptconv.vocabulary import VARIABLE, Vocabulary, parse_vocabulary, words
 
@@ -61,6 +61,8 @@ def load_mapping(name: str) -> Mapping:
 def load_mapping_file(path: Path) -> Mapping:
     """A mapping of the user's own (or one that a plug-in brings, by its name); it stands for the one it extends."""
     installed = not path.exists() and str(path) in mapping_paths()
+    if not installed and not path.exists():
+        raise UsageError(f"--mapping {path}: no such file, nor one that is installed: {', '.join(mapping_paths())}")
     mapping = load_mapping(str(path)) if installed else _build(path.stem, path, ())
     if mapping.extends is None:
         raise MappingError(f"{path}: a mapping given with --mapping must say which one it extends")

@@ -12,6 +12,7 @@ from typing import Any
 from ckptconv import passes
 from ckptconv.canonicalize import canonicalize
 from ckptconv.checkpoint import Checkpoint, Origin, Stored
+from ckptconv.collecting import no_collecting
 from ckptconv.errors import PlanError, UsageError
 from ckptconv.executor.execute import ExecuteOptions, Progress, Report, execute
 from ckptconv.executor.manifest_check import check_manifest
@@ -89,6 +90,7 @@ def load(
     return open_checkpoint(job)[1]
 
 
+@no_collecting()
 def open_checkpoint(job: Job) -> tuple[Format, Checkpoint]:
     request = job.request()
     fmt, stored = load_stored(job.source, job.loader, job.loader_options, request)
@@ -96,6 +98,7 @@ def open_checkpoint(job: Job) -> tuple[Format, Checkpoint]:
     return fmt, passes.with_vocabulary(canonicalize(stored, job.drop), job.vocab_size)
 
 
+@no_collecting()
 def prepare(job: Job) -> Prepared:
     """Everything but moving bytes: the plan, or the error that says why there is none."""
     request = job.request()

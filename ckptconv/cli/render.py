@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ckptconv.errors import UsageError
 from ckptconv.sizes import human
 
 if TYPE_CHECKING:
@@ -172,9 +173,12 @@ def show_families(rows: list[dict[str, Any]]) -> None:
 
 def mapping_rules(name: str) -> dict[str, list[dict[str, Any]]]:
     """Stored name -> what it may be, of a mapping or, by its short name, of a family."""
-    from ckptconv.mapping_files import family_names, load_mapping
+    from ckptconv.mapping_files import family_names, load_mapping, mapping_paths
 
-    mapping = load_mapping(f"hf-{name}" if f"hf-{name}" in family_names() else name)
+    full = f"hf-{name}" if f"hf-{name}" in family_names() else name
+    if full not in mapping_paths():
+        raise UsageError(f"no family or mapping {name!r}; known: {', '.join(mapping_paths())}")
+    mapping = load_mapping(full)
     return {
         rule.stored: [
             {"is": str(a.expr), "when": list(a.when), "on": sorted(a.on), "copy": a.copy} for a in rule.alternatives

@@ -5,8 +5,11 @@ Deterministic: the same object gives the same bytes in every process. No object 
 
 from __future__ import annotations
 
+import operator
 import struct
 from collections.abc import Callable, Collection
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from ckptconv.containers.pickled import (
@@ -22,7 +25,7 @@ from ckptconv.containers.pickled import (
 from ckptconv.dtypes import UINT8, DType
 from ckptconv.errors import FormatError
 from ckptconv.leaves import contiguous
-from ckptconv.tensor import Tensor
+from ckptconv.tensor import Shape, Tensor
 
 _MARK, _STOP, _REDUCE, _NEWOBJ, _BUILD, _TUPLE, _PERSID = b"(", b".", b"R", b"\x81", b"b", b"t", b"Q"
 _TUPLES = {1: b"\x85", 2: b"\x86", 3: b"\x87"}
@@ -218,15 +221,11 @@ class Pickler:
 
     def _tensor(self, value: Any, path: str) -> None:
         """`_rebuild_tensor_v2` (v3 for types without a storage class) of a row-major storage of the tensor's own."""
-        strides, n = [], 1
-        for size in reversed(value.shape):
-            strides.append(n)
-            n *= size
         typed = value.dtype.storage and not value.dtype.name.startswith("fp8")
         self.global_(_REBUILD_V2 if typed else _REBUILD_V3)
         self.out.append(_MARK)
         self._persistent(path, value, value.dtype if typed else None)
-        self.out += (b"K\0", _ints(value.shape), _ints(tuple(reversed(strides))), b"\x89")
+        self.out += (b"K\0", _geometry(value.shape), b"\x89")
         self.global_(_ORDERED)
         self.out.append(b")" + _REDUCE)
         if not typed:
@@ -269,6 +268,13 @@ def _ints(values: tuple[int, ...]) -> bytes:
     if not values:
         return b")"
     return body + _TUPLES[len(values)] if len(values) <= 3 else _MARK + body + _TUPLE
+
+
+@lru_cache
+def _geometry(shape: Shape) -> bytes:
+    """A shape and its row-major strides, counted in elements."""
+    strides = accumulate(reversed(shape[1:]), operator.mul, initial=1)
+    return _ints(shape) + _ints(tuple(strides)[::-1][: len(shape)])
 
 
 _ORDERED = Global("collections", "OrderedDict")

@@ -7,11 +7,11 @@ length is held against the bytes there are, and the finished object against limi
 
 from __future__ import annotations
 
-import gc
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from reprlib import repr as short_repr
 
+from ckptconv.collecting import no_collecting
 from ckptconv.containers.opcodes import OPCODES
 from ckptconv.containers.pickled import (
     MAX_DEPTH,
@@ -66,19 +66,15 @@ class Unpickler:
             raise FormatError(
                 self.where, "the pickle does not begin with a protocol number: torch writes protocol 2 and up"
             )
-        collecting = gc.isenabled()
-        gc.disable()  # only live objects are made here: looking for garbage among them costs a quarter of the time
         try:
-            self._follow()
+            with no_collecting():
+                self._follow()
         except FormatError:
             raise
         except _DAMAGE as error:
             text = "stack underflow" if isinstance(error, IndexError) else str(error)
             text = f"memo entry {error} was never stored" if isinstance(error, KeyError) else text
             raise FormatError(self.where, f"the pickle is damaged at byte {self.pos - self.start}: {text}") from None
-        finally:
-            if collecting:
-                gc.enable()
         value = self.stack.pop()
         check_bounds(value, self.where)
         return value

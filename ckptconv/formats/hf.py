@@ -172,7 +172,7 @@ def _family(config: ModelConfig, options: HfSave, request: Request) -> str:
             "(a Hugging Face folder of the same model), or --family NAME with --saver.config-from-args; "
             f"known families: {', '.join(family_names())}"
         )
-    path = _config_file(folder_of(options.template), None)
+    path = _template_config(options.template)
     base = json_file.parse(json_file.read_bytes(path), str(path))
     return family_of(base, [*families(), *request.mappings], str(path)).name
 
@@ -189,6 +189,12 @@ def _config_file(folder: Path, given: Path | None) -> Path:
     if not path.is_file():
         raise UsageError(f"--loader.config {given}: there is no {CONFIG}")
     return path
+
+
+def _template_config(template: Path) -> Path:
+    if not os.path.lexists(template / CONFIG):
+        raise UsageError(f"--saver.template {template}: not a folder with a {CONFIG} in it")
+    return inside(template, CONFIG)
 
 
 def _with_rows(
@@ -224,7 +230,7 @@ def _start(stored: Stored, options: HfSave, request: Request) -> _Start:
     """The template if one is given, else the source's own config.json, else nothing but the checkpoint's arguments."""
     files = {name: source for name, source in stored.extras.files.items() if is_side_file(name)}
     if options.template is not None:
-        path = _config_file(folder_of(options.template), None)
+        path = _template_config(options.template)
         text = json_file.read_bytes(path)
         files = {**files, **side_files(options.template)}
         return _Start(_checked(json_file.parse(text, str(path)), str(path), stored, request), text, files)

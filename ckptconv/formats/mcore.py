@@ -15,7 +15,7 @@ from ckptconv.megatron.args_write import refuse_inexpressible
 from ckptconv.megatron.extra_state import ExtraState
 from ckptconv.megatron.measure import MCORE
 from ckptconv.megatron.stages import pipeline_args
-from ckptconv.megatron.usage import usage
+from ckptconv.megatron.usage import is_local, usage
 from ckptconv.megatron.versions import NEWEST, PORTABLE_TE, Core, Version, core_version, show, te_version
 from ckptconv.plan import Plan
 from ckptconv.topology import Topology
@@ -37,7 +37,10 @@ class McoreLoad:
 class McoreSave:
     """Which modules and versions the files are for."""
 
-    transformer_impl: str = field(default=TE, metadata={"help": f"modules the model is built of: {TE} or {LOCAL}"})
+    transformer_impl: str | None = field(
+        default=None,
+        metadata={"help": f"modules of the model: {TE} or {LOCAL} (default: as the source, {TE} from other formats)"},
+    )
     experts: str | None = field(
         default=None,
         metadata={
@@ -77,9 +80,12 @@ class Mcore:
 
     def target(self, checkpoint: Checkpoint, topology: Topology, options: McoreSave, request: Request) -> Target:
         config = checkpoint.config
-        core, te, local = _versions(options)
+        core, te = _versions(options)
+        local = _wants_local(checkpoint, options, request)
         refuse_inexpressible(config, core, legacy=False)
         pipeline_args(topology, core)
+        if topology.ep > 1 and not config.experts:
+            raise UsageError(f"--ep {topology.ep}: the model has no experts, and Megatron-Core then refuses to start")
         experts = _experts(checkpoint, options, core, te, local) if config.experts else "te-grouped"
         if config.experts and topology.etp != topology.tp and not core.expert_sizes:
             raise UsageError(
@@ -95,7 +101,8 @@ class Mcore:
         return Target(mapping, frozenset({EXPERTS[experts]}), topology, rows)
 
     def save(self, stored: Stored, options: McoreSave, request: Request) -> Plan:
-        core, te, local = _versions(options)
+        core, te = _versions(options)
+        local = is_local(stored.mapping)
         experts = next(name for name, tag in EXPERTS.items() if tag in stored.variant)
         extra = ExtraState(core, None if local else te, experts)
         return saving.save(
@@ -106,12 +113,20 @@ class Mcore:
         return usage(stored, dst, legacy=False)
 
 
-def _versions(options: McoreSave) -> tuple[Core, Version, bool]:
-    if options.transformer_impl not in (TE, LOCAL):
+def _wants_local(checkpoint: Checkpoint, options: McoreSave, request: Request) -> bool:
+    """Whether Megatron's own modules are wanted: as asked for, else as in the source."""
+    if options.transformer_impl is not None:
+        return options.transformer_impl == LOCAL
+    origin = checkpoint.origin
+    return origin.format == Mcore.name and is_local(chosen(origin.mapping, request.mappings))
+
+
+def _versions(options: McoreSave) -> tuple[Core, Version]:
+    if options.transformer_impl not in (None, TE, LOCAL):
         raise UsageError(f"--saver.transformer-impl {options.transformer_impl}: choose {TE} or {LOCAL}")
     if options.experts is not None and options.experts not in EXPERTS:
         raise UsageError(f"--saver.experts {options.experts}: choose one of {', '.join(EXPERTS)}")
-    return Core(core_version(options.mcore_version)), te_version(options.te_version), options.transformer_impl == LOCAL
+    return Core(core_version(options.mcore_version)), te_version(options.te_version)
 
 
 def _experts(checkpoint: Checkpoint, options: McoreSave, core: Core, te: Version, local: bool) -> str:

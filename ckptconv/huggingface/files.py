@@ -25,6 +25,7 @@ SIDE_FILES = (
 )  # fmt: skip
 UNMENTIONED = ("ckptconv.json", ".*")
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.(safetensors|bin)$")
+_FORBIDDEN = frozenset("/\\\0")  # in the name of a file that stays in its folder
 XET = re.compile(r"[0-9a-f]{2}/([0-9a-f]{64})")
 
 
@@ -135,7 +136,7 @@ def _weight_map(path: Path, suffix: str) -> dict[str, str]:
 
 def _is_plain(name: str) -> bool:
     try:
-        return name not in ("", ".", "..") and not any(c in "/\\\0" for c in name) and len(name.encode()) <= 255
+        return name not in ("", ".", "..") and _FORBIDDEN.isdisjoint(name) and len(name.encode()) <= 255
     except UnicodeEncodeError:
         return False
 

@@ -6,6 +6,7 @@ import io
 import re
 import zipfile
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 
 from ckptconv.containers.pickled import bytes_io
@@ -23,7 +24,7 @@ _LAYER_ORDER = ("input_layernorm.", "self_attention.", "pre_mlp_layernorm.", "ml
 _NORM = re.compile(r"(?:\.|^)(?:q_layernorm|k_layernorm|pre_mlp_layernorm|final_layernorm)$")
 _LEGACY = re.compile(r"\.(?:query_key_value|dense|dense_h_to_4h|dense_4h_to_h|output_layer)$")
 _PARAMETER = re.compile(r"\.(?:weight\d*|bias\d*|layer_norm_weight|layer_norm_bias)$")
-_NOTHING = b"\x80\x04N."  # pickle of None
+_NOTHING = concat([full((1,), UINT8, byte) for byte in b"\x80\x04N."], 0)  # a pickle of None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class ExtraState:
         if self.te < (2, 0):
             return bytes_io(saved_none())
         if self.te < (2, 4):
-            return concat([full((1,), UINT8, byte) for byte in _NOTHING], 0)
+            return copy(_NOTHING)  # a tensor of its own: one met twice would be stored once
         return Fill((0,), UINT8)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from shlex import quote
 
 from ckptconv.checkpoint import Stored
+from ckptconv.mapping import Mapping
 from ckptconv.megatron.args_table import layer_freq, whole
 from ckptconv.megatron.args_write import notes
 from ckptconv.megatron.stages import pipeline_args
@@ -30,8 +31,13 @@ def usage(stored: Stored, dst: str, *, legacy: bool) -> str:
     return "\n".join(lines)
 
 
+def is_local(mapping: Mapping) -> bool:
+    """Whether the names are those of Megatron-Core's own modules; a user's mapping may extend them."""
+    return "mcore-local" in (mapping.name, mapping.extends)
+
+
 def _files(stored: Stored, dst: str, *, legacy: bool) -> list[str]:
-    impl = "local" if legacy or stored.mapping.name == "mcore-local" else "transformer_engine"
+    impl = "local" if legacy or is_local(stored.mapping) else "transformer_engine"
     flags = [f"--load {quote(dst)} --ckpt-format torch --no-load-optim --no-load-rng", f"--transformer-impl {impl}"]
     if legacy:
         flags.append("--use-legacy-models")

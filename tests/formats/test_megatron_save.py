@@ -22,7 +22,7 @@ from ckptconv.leaves import full  # noqa: E402
 from ckptconv.megatron.extra_state import ExtraState, saved_none  # noqa: E402
 from ckptconv.megatron.saving import nested, vocab_rows  # noqa: E402
 from ckptconv.megatron.versions import Core  # noqa: E402
-from ckptconv.pipeline import Job, convert, prepare  # noqa: E402
+from ckptconv.pipeline import Job, convert, load, prepare  # noqa: E402
 from ckptconv.topology import even  # noqa: E402
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "mlm"
@@ -328,3 +328,13 @@ def test_stages_are_said_in_args_and_read_back(tmp_path: Path, what: str) -> Non
         ours = dict(models(open_rank(tmp_path / "b" / "iter_0000001" / folder.name, safely=False)))
         for name, value in models(open_rank(folder, safely=False)):
             assert not isinstance(value, torch.Tensor) or torch.equal(ours[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept"), [(None, "mcore-local"), ("transformer_engine", "mcore"), ("local", "mcore-local")]
+)
+def test_reshard_keeps_the_modules_unless_told_otherwise(tmp_path: Path, asked: str | None, kept: str) -> None:
+    convert(QWEN / "hf", tmp_path / "local", saver="mcore", saver_options={"transformer_impl": "local"})
+    options: dict[str, object] = {} if asked is None else {"transformer_impl": asked}
+    convert(tmp_path / "local", tmp_path / "again", tp=2, saver_options=options)
+    assert load(tmp_path / "again").origin.mapping == kept

@@ -74,14 +74,17 @@ def refused(mapping: str, shape: str, topology: str) -> bool:
     return False
 
 
+# the usual layouts are MappingContract's; these are the ones in which numbering and cutting go their own ways
+UNUSUAL = ("uneven", "empty stage", "ep4etp1", "tp8")
+
+
 def cases() -> Iterator[object]:
     for mapping in mapping_paths():
         for variant in variants(load_mapping(mapping)):
             for shape in SHAPES:
-                for topology in TOPOLOGIES:
-                    if not mapping.startswith("hf-") or topology == "whole":
-                        name = "-".join([mapping, *sorted(variant), shape, topology])
-                        yield pytest.param(mapping, variant, shape, topology, id=name)
+                for topology in ("whole",) if mapping.startswith("hf-") else UNUSUAL:
+                    name = "-".join([mapping, *sorted(variant), shape, topology])
+                    yield pytest.param(mapping, variant, shape, topology, id=name)
 
 
 @pytest.mark.parametrize(("mapping", "variant", "shape", "topology"), list(cases()))

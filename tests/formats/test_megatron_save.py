@@ -73,7 +73,7 @@ SAME: dict[str, tuple[Path, Path, str, dict[str, object], dict[str, Any]]] = {
     ),
     "TransformerEngine 2": (
         GOLDEN / "a-llama2-mha-bf16" / "out-v012-local-tp2pp1", GOLDEN / "a-llama2-mha-bf16" / "out-v010-te2-tp2pp2", "mcore",
-        {"mcore_version": "0.10", "te_version": "2.5"}, {"tp": 2, "pp": 2},
+        {"mcore_version": "0.10", "te_version": "2.5", "transformer_impl": "transformer_engine"}, {"tp": 2, "pp": 2},
     ),
     "local": (
         GOLDEN / "a-llama2-mha-bf16" / "out-v010-te2-tp2pp2", GOLDEN / "a-llama2-mha-bf16" / "out-v012-local-tp2pp1", "mcore",

@@ -249,7 +249,7 @@ def test_formats(console: Console) -> None:
     assert "legacy (megatron): Megatron-LM before Megatron-Core" in console("formats").out
     out = console("formats", "mcore").out
     for line in (
-        "  --loader.config  ", "  --saver.transformer-impl [transformer_engine]  ", "  --saver.experts  ",
+        "  --loader.config  ", "  --saver.transformer-impl  ", "  --saver.experts  ",
         "  --saver.mcore-version [0.16]  ", "  --saver.te-version [2.0]  ", "  --saver.iteration  ",
     ):  # fmt: skip
         assert line in out

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up. A module may import modules of earlier lines, and its own package; nothing else.
 LAYERS = """
-errors source dtypes shapes
+errors source dtypes shapes collecting
 sizes values
 moves
 tensor

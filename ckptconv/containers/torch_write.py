@@ -57,7 +57,8 @@ class _Layout:
 
     def tensor(self, name: str, body: Tensor, title: str) -> None:
         """A record that is a tensor: its CRC32, in both of its headers, comes late. An empty one's is 0."""
-        if not body.nbytes:
+        nbytes = body.nbytes
+        if not nbytes:
             header = self._header(name, 0, 0)
             self.pending.append(header)
             self.at += len(header)
@@ -66,11 +67,11 @@ class _Layout:
             self._flush()
             index = len(self.segments) + 1
             self.crcs.append((self.directory_at + CENTRAL_CRC, index))
-            header = self._header(name, body.nbytes, 0)
+            header = self._header(name, nbytes, 0)
             self.segments.append(Segment(self.at, Late(header, ((LOCAL_CRC, index),))))
             self.at += len(header)
         self.segments.append(Segment(self.at, body, title))
-        self.at = self.start = self.at + body.nbytes
+        self.at = self.start = self.at + nbytes
 
     def file(self, path: str) -> File:
         self._flush()

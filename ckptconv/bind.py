@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ckptconv.config import ModelConfig, units
 from ckptconv.errors import MappingError, TopologyError
@@ -45,8 +46,7 @@ class Node:
     shape: Shape
 
 
-@dataclass(frozen=True, slots=True)
-class Binding:
+class Binding(NamedTuple):
     """One row of the table. `box`: the rows of the assembled tensor this rank holds, where a dialect cuts after assembling."""
 
     stored: str

@@ -6,12 +6,12 @@ Made without reading a tensor; `execute` is the only thing that acts on it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ckptconv.tensor import Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Late:
+class Late(NamedTuple):
     """Bytes known but for CRC32s of other segments of the same file: (position in the template, index of that segment)."""
 
     template: bytes
@@ -22,8 +22,7 @@ class Late:
         return len(self.template)
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """One stretch of a file: header bytes, bytes that carry checksums, or a tensor (row-major) under its stored name."""
 
     offset: int

@@ -1,8 +1,8 @@
-"""Durable time of conversions against `cp -r` of the same source in the same rounds; prints a table. See results.md.
+"""Durable time of real conversions against `cp -r` of the same source in the same rounds; prints a table. See results.md.
 
-`bench.py [--gb 1.2] [--rounds 5] [--folder /tmp] [--cold] [CASE ...]`. Every run is a fresh process; a copy counts as done
-when each of its files is fsynced. Cold: the source is dropped from the page cache before each run. Needs three times the
-disk space of the source. A case is a name and a function from the source folder to a plan: add real conversions to CASES.
+`bench.py [--gb 4] [--rounds 5] [--cache warm|cold|both] [--folder /tmp] [CASE ...]`. Every run is a fresh process; a copy
+counts as done when each of its files is fsynced. Cold: the source is dropped from the page cache before each run. Needs
+four times the disk space of the source.
 """
 
 from __future__ import annotations
@@ -16,160 +16,126 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from ckptconv.dtypes import BF16, FP32
-from ckptconv.executor.execute import ExecuteOptions, execute
-from ckptconv.leaves import contiguous
-from ckptconv.nodes import concat
-from ckptconv.plan import File, Plan
-from ckptconv.source import Source
-from ckptconv.tensor import Shape, Tensor
-from ckptconv.testing.plans import Named, carve, plain_file, summed_file, write_source
-from ckptconv.values import Cast
+from ckptconv import ExecuteOptions, Job, convert, prepare
+from ckptconv.executor.execute import execute
+from ckptconv.formats.hf import weight_files
+from ckptconv.layout import layout_from
+from ckptconv.plan import File, Plan, Segment
+from ckptconv.tensor import Shape
+from ckptconv.testing.plans import carve, write_source
 
-HIDDEN, FFN, HEADS, GROUPS, HEAD = 3072, 8192, 24, 8, 128
-SHAPES: dict[str, Shape] = {
-    "norm": (HIDDEN,),
-    "q": (HEADS * HEAD, HIDDEN),
-    "k": (GROUPS * HEAD, HIDDEN),
-    "v": (GROUPS * HEAD, HIDDEN),
-    "o": (HIDDEN, HEADS * HEAD),
-    "gate": (FFN, HIDDEN),
-    "up": (FFN, HIDDEN),
-    "down": (HIDDEN, FFN),
+SHARD = 5 * 10**9
+COMMON: dict[str, Any] = {
+    "hidden_act": "silu",
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
 }
-LAYER_BYTES = sum(2 * n * (s[0] if s else 1) for s, n in (((a[1:] or (1,)), a[0]) for a in SHAPES.values()))
-SMALL: Shape = (32, 1024)
-
-Layer = dict[str, Tensor]
-
-
-def layers_of(source: Path) -> list[Layer]:
-    """The tensors of a made-up model, one file for every ten layers."""
-    found = []
-    for path in sorted(source.glob("part*")):
-        flat = carve(path, [*SHAPES.values()] * (path.stat().st_size // LAYER_BYTES))
-        found += [dict(zip(SHAPES, flat[i : i + len(SHAPES)], strict=True)) for i in range(0, len(flat), len(SHAPES))]
-    return found
-
-
-def write_model(folder: Path, nbytes: int) -> None:
-    left, number = max(1, nbytes // LAYER_BYTES), 0
-    while left:
-        n = min(left, 10)
-        write_source(folder / f"part{number:03}", n * LAYER_BYTES, number)
-        left, number = left - n, number + 1
-
-
-def cut(tensor: Tensor, axis: int, rank: int, ranks: int) -> Tensor:
-    n = tensor.shape[axis] // ranks
-    return tensor.narrow(axis, rank * n, rank * n + n)
-
-
-def fused(layer: Layer, rank: int, tp: int) -> Iterator[Named]:
-    """A layer as Megatron stores it on one rank: query groups interleaved, gate over up, row-parallel outputs."""
-    yield "norm", layer["norm"]
-    parts = [cut(layer[name], 0, rank, tp) for name in "qkv"]
-    groups = GROUPS // tp
-    qkv = concat([part.unfold(0, groups, part.shape[0] // groups) for part in parts], 1)
-    yield "qkv", qkv.fold(0)
-    yield "o", cut(layer["o"], 1, rank, tp)
-    yield "fc1", concat([cut(layer["gate"], 0, rank, tp), cut(layer["up"], 0, rank, tp)], 0)
-    yield "fc2", cut(layer["down"], 1, rank, tp)
-
-
-def to_ranks(layers: list[Layer], tp: int, pp: int) -> Plan:
-    files = []
-    for stage in range(pp):
-        mine = list(enumerate(layers))[stage * len(layers) // pp : (stage + 1) * len(layers) // pp]
-        for rank in range(tp):
-            named = [(f"{i}.{name}", t) for i, layer in mine for name, t in fused(layer, rank, tp)]
-            files.append(summed_file(f"mp_rank_{rank:02}_{stage:03}/model.pt", named))
-    return Plan(tuple(files))
-
-
-def from_ranks(source: Path) -> Plan:
-    """The model out of what `to_ranks(tp=2, pp=1)` wrote (offsets by running it again over stand-ins)."""
-    count = int((source / "layers").read_text())
-    flat = carve(source / "nowhere", [*SHAPES.values()] * count)
-    wanted = [dict(zip(SHAPES, flat[i : i + 8], strict=True)) for i in range(0, len(flat), 8)]
-    ranks = [stored(source, file) for file in to_ranks(wanted, 2, 1).files]
-    named: list[Named] = []
-    for i in range(count):
-        a, b = ({name: rank[f"{i}.{name}"] for name in ("norm", "qkv", "o", "fc1", "fc2")} for rank in ranks)
-        halves = [x["qkv"].unfold(0, GROUPS // 2, (HEADS // GROUPS + 2) * HEAD) for x in (a, b)]
-        at = 0
-        for name, n in (("q", HEADS // GROUPS), ("k", 1), ("v", 1)):
-            lo, hi = at * HEAD, (at + n) * HEAD
-            named.append((f"{i}.{name}", concat([half.narrow(1, lo, hi).fold(0) for half in halves], 0)))
-            at += n
-        named += [(f"{i}.norm", a["norm"]), (f"{i}.o", concat([a["o"], b["o"]], 1))]
-        named += [
-            (f"{i}.{x}", concat([cut(r["fc1"], 0, k, 2) for r in (a, b)], 0)) for k, x in enumerate(("gate", "up"))
-        ]
-        named.append((f"{i}.down", concat([a["fc2"], b["fc2"]], 1)))
-    return Plan((plain_file("model.safetensors", named),))
-
-
-def stored(folder: Path, file: File) -> dict[str, Tensor]:
-    """The tensors of a written file."""
-    return {
-        s.name: contiguous(Source(str(folder / file.path), s.offset, s.nbytes), s.body.shape, s.body.dtype)
-        for s in file.segments
-        if isinstance(s.body, Tensor)
-    }
-
-
-def widened(source: Path) -> Plan:
-    tensors = [
-        (f"{i}.{n}", t.map(Cast(BF16, FP32), FP32)) for i, x in enumerate(layers_of(source)) for n, t in x.items()
-    ]
-    return Plan((plain_file("model.safetensors", tensors),))
-
-
-def small_tensors(source: Path) -> Plan:
-    path = source / "part000"
-    found = carve(path, [SMALL] * (path.stat().st_size // (2 * SMALL[0] * SMALL[1])))
-    return Plan((summed_file("model.pt", [(f"t{i}", t) for i, t in enumerate(found)]),))
+LARGE: dict[str, Any] = {
+    **COMMON,
+    "model_type": "llama",
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "vocab_size": 8000,
+}
+# Experts of 64 KB: at 1.3 GB there are 20,000 tensors.
+SMALL: dict[str, Any] = {
+    **COMMON,
+    "model_type": "mixtral",
+    "hidden_size": 256,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_local_experts": 256,
+    "num_experts_per_tok": 2,
+    "vocab_size": 1000,
+}
 
 
 class Case(NamedTuple):
-    """`source`: which of the made-up sources; the most times the copy's time it may take, warm."""
+    """`source`: which of the made-up checkpoints; the most times the copy's time it may take, warm and cold."""
 
     source: str
-    plan: Callable[[Path], Plan]
-    limit: float
+    saver: str
+    layout: dict[str, str | int | None]
+    dtype: str = "keep"
+    warm: float = 1.10
+    cold: float = 1.00
 
 
 CASES = {
-    "tp2 pp2": Case("model", lambda source: to_ranks(layers_of(source), 2, 2), 1.10),
-    "tp2 back": Case("ranks", from_ranks, 1.10),
-    "tp2": Case("model", lambda source: to_ranks(layers_of(source), 2, 1), 1.10),
-    "tp8": Case("model", lambda source: to_ranks(layers_of(source), 8, 1), 1.21),
-    "to fp32": Case("model", widened, 2.2),
-    "64 KB tensors": Case("small", small_tensors, 1.80),
+    "hf to tp2 pp2": Case("hf", "mcore", {"tp": 2, "pp": 2}),
+    "hf to tp2": Case("hf", "mcore", {"tp": 2}),
+    "hf to tp8": Case("hf", "mcore", {"tp": 8}, warm=1.21, cold=1.10),
+    "hf to tp2, fp32": Case("hf", "mcore", {"tp": 2}, "fp32", warm=2.20, cold=2.00),
+    "tp2 pp2 to hf": Case("mcore", "hf", {}),
+    "tp2 pp2 to tp4": Case("mcore", "mcore", {"tp": 4, "pp": 1}),
+    "64 KB tensors, hf to hf": Case("small", "hf", {}, warm=1.80, cold=1.80),
+    "64 KB tensors, hf to ep2": Case("small", "mcore", {"ep": 2}, warm=1.80, cold=1.80),
 }
 
 
-def write_source_folder(kind: str, folder: Path, nbytes: int) -> None:
-    folder.mkdir()
-    if kind == "small":
-        write_source(folder / "part000", nbytes // (64 << 10) * (64 << 10))
-    elif kind == "model":
-        write_model(folder, nbytes)
+def layer_shapes(config: dict[str, Any], layer: int) -> dict[str, Shape]:
+    hidden, ffn = config["hidden_size"], config["intermediate_size"]
+    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    shapes: dict[str, Shape] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        **{
+            f"self_attn.{n}_proj.weight": (rows, hidden)
+            for n, rows in zip("qkvo", (hidden, kv, kv, hidden), strict=True)
+        },
+    }
+    moe = [("w1", (ffn, hidden)), ("w3", (ffn, hidden)), ("w2", (hidden, ffn))]
+    if experts := config.get("num_local_experts"):
+        shapes["block_sparse_moe.gate.weight"] = (experts, hidden)
+        shapes |= {f"block_sparse_moe.experts.{e}.{n}.weight": shape for e in range(experts) for n, shape in moe}
     else:
-        write_source_folder("model", folder.with_name("whole"), nbytes)
-        layers = layers_of(folder.with_name("whole"))
-        folder.rmdir()
-        execute(to_ranks(layers, 2, 1), folder)
-        (folder / "layers").write_text(str(len(layers)))
-        (folder / "ckptconv.json").unlink()
-        shutil.rmtree(folder.with_name("whole"))
+        names = {"w1": "gate", "w3": "up", "w2": "down"}
+        shapes |= {f"mlp.{names[n]}_proj.weight": shape for n, shape in moe}
+    return {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
+
+
+def nbytes(shapes: dict[str, Shape]) -> int:
+    return sum(2 * shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in shapes.values())
+
+
+def write_hf(folder: Path, config: dict[str, Any], wanted: int) -> None:
+    """A Hugging Face folder of about so many bytes of random bf16, an even number of layers."""
+    outer = dict.fromkeys(
+        ("model.embed_tokens.weight", "lm_head.weight"), (config["vocab_size"], config["hidden_size"])
+    )
+    shapes: dict[str, Shape] = {**outer, "model.norm.weight": (config["hidden_size"],)}
+    layers = max(1, round((wanted - nbytes(shapes)) / nbytes(layer_shapes(config, 0)) / 2)) * 2
+    for layer in range(layers):
+        shapes |= layer_shapes(config, layer)
+    values = write_source(folder.with_name("values"), nbytes(shapes))
+    tensors = dict(zip(shapes, carve(values, shapes.values()), strict=True))
+    text = json.dumps({**config, "num_hidden_layers": layers}).encode()
+    files = [*weight_files(tensors, SHARD), File("config.json", len(text), (Segment(0, text),), final=True)]
+    execute(Plan(tuple(files)), folder)
+    values.unlink()
+
+
+def write_checkpoint(kind: str, folder: Path, wanted: int) -> None:
+    """What the cases of a kind start from; without a manifest, as other tools leave it."""
+    if kind == "mcore":
+        whole = folder.with_name("whole")
+        write_hf(whole, LARGE, wanted)
+        convert(whole, folder, saver="mcore", tp=2, pp=2)
+        shutil.rmtree(whole)
+    else:
+        write_hf(folder, SMALL if kind == "small" else LARGE, wanted)
+    (folder / "ckptconv.json").unlink()
     os.sync()
 
 
@@ -184,23 +150,27 @@ def copied(source: Path, dst: Path) -> float:
 
 
 class Measured(NamedTuple):
+    """Seconds without and with the interpreter's start; bytes."""
+
     seconds: float
     process: float
     peak: int
 
 
-def converted(case: str, source: Path, dst: Path) -> Measured:
+def converted(case: str, source: Path, dst: Path, memory: int) -> Measured:
     started = time.perf_counter()
-    command = [sys.executable, __file__, "--child", case, str(source), str(dst)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    command = [sys.executable, __file__, "--child", case, str(source), str(dst), str(memory)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     seconds, peak = json.loads(done.stdout)
     return Measured(seconds, time.perf_counter() - started, peak)
 
 
-def child(case: str, source: str, dst: str) -> None:
-    """Plan and execute; the time is without the interpreter's start."""
+def child(name: str, source: str, dst: str, memory: str) -> None:
+    """Plan and execute, timed without the interpreter's start."""
     started = time.perf_counter()
-    report = execute(CASES[case].plan(Path(source)), Path(dst), ExecuteOptions(memory=10**9))
+    case = CASES[name]
+    job = Job(Path(source), saver=case.saver, layout=layout_from(case.layout), dtype=case.dtype)
+    report = execute(prepare(job).plan, Path(dst), ExecuteOptions(memory=int(memory)))
     sys.stdout.write(json.dumps([time.perf_counter() - started, report.peak_memory]))
 
 
@@ -214,59 +184,68 @@ def drop(folder: Path) -> None:
             os.close(fd)
 
 
-def measure(names: list[str], source: Path, dst: Path, rounds: int, cold: bool) -> None:
-    """One source's cases and the copy in turn, so that a slow minute slows all of them."""
+def warm(folder: Path) -> None:
+    """Into the page cache."""
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
+
+
+def measure(names: list[str], source: Path, dst: Path, cold: bool, options: argparse.Namespace) -> dict[str, float]:
+    """One source's cases and the copy in turn, so that a slow minute slows all of them; median seconds of each case."""
     copies: list[float] = []
     runs: dict[str, list[Measured]] = {name: [] for name in names}
-    for _ in range(rounds):
+    for _ in range(options.rounds):
         for name in ("cp", *names):
-            if cold:
-                drop(source)
-            else:
-                subprocess.run(
-                    ["cat", *(p for p in source.rglob("*") if p.is_file())], stdout=subprocess.DEVNULL, check=True
-                )
+            (drop if cold else warm)(source)
             if name == "cp":
                 copies.append(copied(source, dst))
             else:
-                runs[name].append(converted(name, source, dst))
+                runs[name].append(converted(name, source, dst, options.memory * 10**6))
             shutil.rmtree(dst)
             os.sync()
     base = statistics.median(copies)
     size = sum(p.stat().st_size for p in source.rglob("*") if p.is_file())
-    say(f"{'cold' if cold else 'warm'} | cp -r of {size / 1e9:.2f} GB | {base:.2f} | | | {size / base / 1e9:.2f} |")
+    cache = "cold" if cold else "warm"
+    say(cache, f"cp -r of {size / 1e9:.2f} GB", f"{base:.2f}", "", "", "", f"{size / base / 1e9:.2f}", "")
+    seconds = {name: statistics.median(m.seconds for m in found) for name, found in runs.items()}
     for name, found in runs.items():
-        seconds = statistics.median(m.seconds for m in found)
         whole, peak = statistics.median(m.process for m in found), max(m.peak for m in found)
-        cells = (
-            f"{seconds:.2f} | {seconds / base:.2f} | {whole / base:.2f} | {size / seconds / 1e9:.2f} | {peak / 1e6:.0f}"
-        )
-        say(f"{'cold' if cold else 'warm'} | {name} | {cells}")
+        took, most = seconds[name], CASES[name].cold if cold else CASES[name].warm
+        say(cache, name, f"{took:.2f}", f"{took / base:.2f}", f"{most:.2f}", f"{whole / base:.2f}", f"{size / took / 1e9:.2f}",
+            f"{peak / 1e6:.0f}")  # fmt: skip
+    return seconds
 
 
-def say(row: str) -> None:
-    sys.stdout.write(f"| {row} |\n")
+def say(*cells: str) -> None:
+    sys.stdout.write(f"| {' | '.join(cells)} |\n")
     sys.stdout.flush()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
-    parser.add_argument("--gb", type=float, default=1.2)
+    parser.add_argument("--gb", type=float, default=4.0, help="of each large source; 64 KB tensors: 1.3 at most")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", type=int, default=1000, help="bound in MB")
+    parser.add_argument("--cache", choices=("warm", "cold", "both"), default="both")
     parser.add_argument("--folder", default=None)
-    parser.add_argument("--cold", action="store_true", help="cold only; without it warm only")
     options = parser.parse_args()
-    say("cache | case | s, durable | times cp | with start-up | GB/s read | peak MB")
-    say("--- | --- | --- | --- | --- | --- | ---")
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        for kind in dict.fromkeys(case.source for case in CASES.values()):
-            names = [n for n, c in CASES.items() if c.source == kind and n in (options.cases or CASES)]
-            if names:
-                source = Path(folder) / kind
-                write_source_folder(kind, source, int(options.gb * 1e9))
-                measure(names, source, Path(folder) / "out", options.rounds, options.cold)
-                shutil.rmtree(source)
+    say("cache", "case", "s, durable", "times cp", "at most", "with start-up", "GB/s read", "peak MB")
+    say(*["---"] * 8)
+    for kind in dict.fromkeys(case.source for case in CASES.values()):
+        names = [n for n, c in CASES.items() if c.source == kind and n in (options.cases or CASES)]
+        if not names:
+            continue
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            source = Path(folder) / kind
+            write_checkpoint(kind, source, int(min(options.gb, 1.3 if kind == "small" else options.gb) * 1e9))
+            for cold in {"warm": [False], "cold": [True], "both": [False, True]}[options.cache]:
+                found = measure(names, source, Path(folder) / "out", cold, options)
+                if {"hf to tp2", "hf to tp8"} <= set(found):
+                    ratio = found["hf to tp8"] / found["hf to tp2"]
+                    say(
+                        "cold" if cold else "warm", "hf to tp8, times hf to tp2", "", f"{ratio:.2f}", "1.10", "", "", ""
+                    )
 
 
 if __name__ == "__main__":

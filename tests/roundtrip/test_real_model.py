@@ -6,6 +6,7 @@ import functools
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,13 @@ def generated(folder: Path) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def smollm2(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real checkpoint as a Hugging Face folder."""
+def smollm2(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The real checkpoint as a Hugging Face folder. One thread: several fight over busy cores for ten times as long."""
     import gguf
+    import torch
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     cache: Any = request.config.cache
     folder = tmp_path_factory.mktemp("smollm2") / "hf"
     with pytest.MonkeyPatch.context() as patch:
@@ -82,7 +86,8 @@ def smollm2(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             gguf, "GGUFReader", functools.cache(gguf.GGUFReader)
         )  # transformers parses the header three times
         save_hf(gguf_file(cache.mkdir("smollm2")), folder)
-    return folder
+    yield folder
+    torch.set_num_threads(threads)
 
 
 def test_real_model_generates_the_same_after_three_conversions(smollm2: Path, tmp_path: Path) -> None:

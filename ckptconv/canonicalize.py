@@ -6,7 +6,7 @@ import difflib
 from collections import defaultdict
 from collections.abc import Mapping as Dict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from ckptconv.assemble import assemble
@@ -37,9 +37,10 @@ def canonicalize(stored: Stored, drop: Sequence[str] = ()) -> Checkpoint:
     tensors = gathered.joined()
     _check_vocabulary(stored, tensors, gathered.dropped)
     origin = Origin(stored.format, stored.mapping.name, stored.variant, stored.topology)
-    return Checkpoint(
-        stored.config, tensors, origin, stored.extras, tuple(gathered.replicas), tuple(dict.fromkeys(gathered.dropped))
-    )
+    dropped = tuple(dict.fromkeys(gathered.dropped))
+    idle = [f"--drop {glob}: no tensor is called so" for glob in drop if not any(fnmatchcase(n, glob) for n in dropped)]
+    extras = replace(stored.extras, notes=(*stored.extras.notes, *idle)) if idle else stored.extras
+    return Checkpoint(stored.config, tensors, origin, extras, tuple(gathered.replicas), dropped)
 
 
 @dataclass

@@ -16,6 +16,11 @@ class Rope:
     percent: float = 1.0
     scaling: dict[str, object] | None = None
 
+    @property
+    def kind(self) -> str:
+        """The scaling's rope_type (`type` in older files); empty without one."""
+        return str(self.scaling.get("rope_type", self.scaling.get("type"))) if self.scaling else ""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
@@ -50,6 +55,7 @@ class ModelConfig:
     experts: int = 0
     moe_ffn: int = 0
     router_topk: int = 0
+    router_pre_softmax: bool = False
     moe_layers: tuple[int, ...] = ()
     dtype: DType | None = None
     towers: dict[str, ModelConfig] = field(default_factory=dict)

@@ -58,4 +58,3 @@ UINT8 = DTYPES["uint8"]
 BY_SAFETENSORS = {d.safetensors: d for d in DTYPES.values()}
 BY_TORCH = {d.torch: d for d in DTYPES.values()}
 BY_STORAGE = {d.storage: d for d in DTYPES.values() if d.storage}
-BY_NUMPY = {d.numpy: d for d in DTYPES.values()}

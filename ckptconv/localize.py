@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from fnmatch import fnmatchcase
+from collections.abc import Iterator
 from functools import partial
 
 from ckptconv.bind import Binding, bind, put_together
@@ -14,7 +12,7 @@ from ckptconv.tensor import Tensor
 from ckptconv.topology import Rank
 
 
-def localize(checkpoint: Checkpoint, target: Target, format_name: str, drop: Sequence[str] = ()) -> Stored:
+def localize(checkpoint: Checkpoint, target: Target, format_name: str) -> Stored:
     """Every rank's tensors put together from their parts of the atoms."""
     export = _Export(checkpoint)
     ranks: dict[Rank, dict[Key, Tensor]] = {}
@@ -22,16 +20,16 @@ def localize(checkpoint: Checkpoint, target: Target, format_name: str, drop: Seq
         table = bind(target.mapping, target.variant, checkpoint.config, target.topology, rank)
         ranks[rank] = dict(row for binding in table if not binding.copy for row in export.rows(binding, rank))
     homeless = [key for key in checkpoint.tensors if key not in export.used]
-    problems = export.problems + [f"no place for: {key}" for key in homeless if not _matches(key.name, drop)]
+    problems = export.problems + [f"no place for: {key}" for key in homeless]
     if problems:
         raise CoverageError(
             f"{target.mapping.name} cannot hold this model:",
             problems,
             "Leave a tensor out on purpose with --drop GLOB (canonical name), or say where it goes with --mapping FILE.",
         )
-    notes = checkpoint.extras.notes + tuple(f"dropped on request: {key}" for key in homeless)
-    extras = replace(checkpoint.extras, notes=notes)
-    return Stored(format_name, target.mapping, target.variant, target.topology, checkpoint.config, ranks, extras=extras)
+    return Stored(
+        format_name, target.mapping, target.variant, target.topology, checkpoint.config, ranks, extras=checkpoint.extras
+    )
 
 
 class _Export:
@@ -69,7 +67,3 @@ class _Export:
         absent = [name for name in binding.atoms if Key(name, slot) not in self.tensors]
         if slot == "param" or len(absent) < len(binding.atoms):
             self.problems += [f"missing: {Key(name, slot)}, needed for {binding.stored} on {rank}" for name in absent]
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -104,6 +104,7 @@ def prepare(job: Job) -> Prepared:
     request = job.request()
     loader, checkpoint = open_checkpoint(job)
     _refuse_losing_state(checkpoint, job.optimizer)
+    _refuse_other_iteration(checkpoint, job.iteration)
     saver = loader if job.saver is None else get_format(job.saver)
     options = make_options(saver.Save, job.saver_options, "saver", saver.name)
     checkpoint = passes.cast(checkpoint, job.dtype, _mapping_of(checkpoint, request))
@@ -111,10 +112,11 @@ def prepare(job: Job) -> Prepared:
     topology = job.layout.topology(checkpoint.config.layers, checkpoint.origin.topology, keep=job.saver is None)
     target = saver.target(checkpoint, topology, options, request)
     checkpoint = passes.resize_vocabulary(checkpoint, target.vocab_rows, target.mapping)
-    stored = localize(checkpoint, target, saver.name, job.drop)
+    _refuse_unused(request.mappings, (checkpoint.origin.mapping, target.mapping.name))
+    stored = localize(checkpoint, target, saver.name)
     plan = saver.save(stored, options, request)
     checks = () if job.replicas == "first" else tuple(Check(*replica) for replica in checkpoint.replicas)
-    about = {**plan.about, **_about(job, checkpoint, stored)}
+    about = {**plan.about, **_about(job, checkpoint, stored, options)}
     return Prepared(replace(plan, checks=checks, about=about, root=str(job.source)), stored, checkpoint, saver)
 
 
@@ -174,13 +176,30 @@ def _refuse_losing_state(checkpoint: Checkpoint, optimizer: str) -> None:
         )
 
 
-def _about(job: Job, checkpoint: Checkpoint, stored: Stored) -> dict[str, object]:
+def _refuse_other_iteration(checkpoint: Checkpoint, wanted: int | str | None) -> None:
+    """A source without iterations, or a folder of one alone, has none to choose from."""
+    step = checkpoint.extras.step
+    if wanted is not None and str(wanted) != str(step):
+        has = "no iterations" if step is None else f"iteration {step} alone"
+        raise UsageError(f"--iteration {wanted}: the source ({checkpoint.origin.format}) has {has}")
+
+
+def _refuse_unused(given: Sequence[Mapping], names: Sequence[str]) -> None:
+    """A mapping that the user gives and nothing uses is a mistake, in it or in what it extends."""
+    for mapping in given:
+        if mapping.name not in names:
+            raise UsageError(
+                f"--mapping {mapping.name} extends {mapping.extends}, which this conversion does not use: it uses {' and '.join(names)}"
+            )
+
+
+def _about(job: Job, checkpoint: Checkpoint, stored: Stored, options: object) -> dict[str, object]:
     """The head of the manifest: what was asked, of what, and what was left out. No time, host, user or absolute path."""
     asked = {
         "dtype": job.dtype,
         "vocab_size": checkpoint.config.vocab,
         "family": checkpoint.config.family,
-        "saver_options": {k: str(v) for k, v in sorted(job.saver_options.items()) if not isinstance(v, Path)},
+        "saver_options": _chosen_options(options, job.saver_options),
         "drop": list(job.drop),
         "optimizer": job.optimizer,
         "replicas": job.replicas,
@@ -195,6 +214,13 @@ def _about(job: Job, checkpoint: Checkpoint, stored: Stored) -> dict[str, object
         "unchecked_replicas": unchecked,
         "notes": list(stored.extras.notes),
     }
+
+
+def _chosen_options(options: Any, given: Options) -> dict[str, str]:
+    """The options given, as the format read them; paths are those of one machine and left out."""
+    names = sorted({key.replace("_", "-") for key in given})
+    values = [(name, getattr(options, name.replace("-", "_"))) for name in names]
+    return {name: str(value) for name, value in values if not isinstance(value, Path)}
 
 
 def _form(origin: Origin) -> dict[str, object]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ckptconv.errors import TopologyError
 
+MOST_RANKS = 1 << 18  # a table of them must fit in memory
 ROLES = ("embed", "norm", "head", "head_apart")
 
 
@@ -75,8 +76,12 @@ class Topology:
 
     def _places(self) -> list[tuple[int, int, int]]:
         """Megatron numbers the same processes twice: dense ranks by tp, expert ranks by etp, then ep."""
-        n = math.lcm(self.tp, self.ep * self.etp)
-        return sorted({(r % self.tp, r // self.etp % self.ep, r % self.etp) for r in range(n)})
+        places = range(self.processes_per_stage)
+        return sorted({(r % self.tp, r // self.etp % self.ep, r % self.etp) for r in places})
+
+    @property
+    def processes_per_stage(self) -> int:
+        return math.lcm(self.tp, self.ep * self.etp)
 
     def stage(self, rank: Rank) -> Stage:
         return self.stages[rank.vpp * self.pp + rank.pp]
@@ -86,6 +91,8 @@ class Topology:
         for name in ("tp", "pp", "vpp", "ep", "etp"):
             if self.degree(name) < 1:
                 raise TopologyError(f"{name} is {self.degree(name)}: it must be at least 1")
+        if (ranks := self.pp * self.vpp * self.processes_per_stage) > MOST_RANKS:
+            raise TopologyError(f"the layout has {ranks:,} ranks, the most there can be are {MOST_RANKS:,}")
         if len(self.stages) != self.pp * self.vpp:
             raise TopologyError(f"{len(self.stages)} stages were given for pp {self.pp} x vpp {self.vpp}")
         held = [layer for stage in self.stages for layer in stage.layers]

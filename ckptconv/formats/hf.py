@@ -55,6 +55,7 @@ UNTRUSTED = (
     "sliding_window",
     "bos_token_id, eos_token_id, pad_token_id",
 )
+SETTINGS = ("rope", "norm_eps", "max_positions", "sliding_window")  # the fields that UNTRUSTED is about
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,10 @@ class Hf:
     def target(self, checkpoint: Checkpoint, topology: Topology, options: HfSave, request: Request) -> Target:
         config = checkpoint.config
         parse_size(options.max_shard_size, SHARD_FLAG)
+        if request.vocab_divisor is not None:
+            raise UsageError(
+                "--make-vocab-size-divisible-by: Hugging Face files hold the true vocabulary, without padding"
+            )
         if any(topology.degree(d) != 1 for d in ("tp", "pp", "vpp", "ep", "etp")):
             raise TopologyError("Hugging Face files hold whole tensors: no --tp, --pp, --vpp, --ep or --etp for them")
         if slots := sorted({k.slot for k in checkpoint.tensors} - {"param"}):
@@ -140,13 +145,14 @@ class Hf:
 
     def save(self, stored: Stored, options: HfSave, request: Request) -> Plan:
         start = _start(stored, options, request)
-        table, changes = write_config(stored.config, start.base, stored.mapping)
+        config, kept = _as_template(stored, start) if options.template is not None else (stored.config, [])
+        table, changes = write_config(config, start.base, stored.mapping)
         text = start.text if start.text is not None and not changes else config_text(table)
         (tensors,) = stored.ranks.values()
         files = weight_files({k.name: t for k, t in tensors.items()}, parse_size(options.max_shard_size, SHARD_FLAG))
         files += [_copy(name, source) for name, source in sorted(start.files.items())]
         files.append(_final(CONFIG, text))
-        about: dict[str, object] = {"config_changes": changes, "config_untrusted": list(start.untrusted)}
+        about: dict[str, object] = {"config_changes": [*changes, *kept], "config_untrusted": list(start.untrusted)}
         return Plan(tuple(files), about=about)
 
     def usage(self, stored: Stored, dst: str) -> str:
@@ -247,6 +253,20 @@ def _start(stored: Stored, options: HfSave, request: Request) -> _Start:
         "the same model), or --saver.config-from-args with --family NAME to make one from the checkpoint's arguments, "
         f"which do not tell these for certain: {'; '.join(UNTRUSTED)}"
     )
+
+
+def _as_template(stored: Stored, start: _Start) -> tuple[ModelConfig, list[str]]:
+    """The settings that arguments of a checkpoint do not tell for certain as the template has them, and which those are."""
+    assert start.base is not None
+    if CONFIG in stored.extras.files:
+        return stored.config, []
+    theirs = read_config(start.base, "the template", stored.mapping)
+    differing = [n for n in SETTINGS if getattr(theirs, n) != getattr(stored.config, n)]
+    lines = [
+        f"{n}: {getattr(theirs, n)} as in the template, the checkpoint says {getattr(stored.config, n)}"
+        for n in differing
+    ]
+    return replace(stored.config, **{n: getattr(theirs, n) for n in differing}), lines
 
 
 def _checked(base: Table, where: str, stored: Stored, request: Request) -> Table:

@@ -13,7 +13,7 @@ from ckptconv.megatron.measure import Measured, conflicts
 GENERIC = "megatron"
 ADVICE = "Say what is right with --loader.config HF_DIR (or its config.json)."
 _NAMES = {f.name for f in fields(ModelConfig)}
-# a difference in these changes which tensors there are or how their rows are read: hf/ and args must agree
+# a difference in these changes which tensors there are, how their rows are read or what is computed: hf/ and args must agree
 _STRUCTURE = (
     "layers",
     "hidden",
@@ -26,6 +26,7 @@ _STRUCTURE = (
     "activation",
     "qk_norm",
     "norm",
+    "router_pre_softmax",
 )
 # a difference in these is expected: official converters write Megatron's defaults for every model
 _SETTINGS = ("rope", "norm_eps", "max_positions", "tied", "router_topk", "sliding_window")
@@ -109,7 +110,7 @@ _GELUS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 
 def _show(value: object) -> str:
     if isinstance(value, Rope):
-        scaling = f", scaling {value.scaling.get('rope_type', value.scaling.get('type'))}" if value.scaling else ""
+        scaling = f", scaling {value.kind}" if value.scaling else ""
         return f"base {value.base:g}" + (f", {value.percent:g} of a head" if value.percent != 1 else "") + scaling
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -27,7 +27,20 @@ UNSUPPORTED = (
     "rotary_interleaved",
     "retro_add_retriever",
     "moe_router_enable_expert_bias",
+    "moe_router_topk_scaling_factor",
+    "moe_router_num_groups",
+    "apply_residual_connection_post_layernorm",
+    "window_attn_skip_freq",
+    "no_rope_freq",
+    "qk_l2_norm",
+    "glu_linear_offset",
+    "activation_func_clamp_value",
 )
+ONLY = {  # args of which one value is supported
+    "position_embedding_type": ("rope", "learned_absolute"),
+    "moe_router_score_function": ("softmax",),
+    "softmax_type": ("vanilla",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +56,9 @@ class ArgsLayout:
 
 
 def refuse_unsupported(args: Args, where: str) -> None:
-    """Models whose tensors would be read as something they are not."""
+    """Models whose tensors would be read as something they are not, or that compute what no config of ours can say."""
     found = [f"{name} = {args[name]!r}" for name in UNSUPPORTED if args.get(name)]
-    position = args.get("position_embedding_type")
-    if position not in (None, "rope", "learned_absolute"):
-        found.append(f"position_embedding_type = {position!r}")
+    found += [f"{name} = {args[name]!r}" for name, known in ONLY.items() if args.get(name) not in (None, *known)]
     if found:
         raise ConfigError(f"{where}: args describe a model that is not supported yet: {', '.join(found)}")
 
@@ -183,6 +194,8 @@ def _experts(args: Args, fields: Dict[str, object], where: str) -> dict[str, obj
         out["moe_ffn"] = size
     if (topk := _size(args, "moe_router_topk", where)) is not None:
         out["router_topk"] = topk
+    if args.get("moe_router_pre_softmax") is not None:
+        out["router_pre_softmax"] = bool(args["moe_router_pre_softmax"])
     layers = fields.get("layers")
     if isinstance(layers, int):
         out["moe_layers"] = moe_layers(args.get("moe_layer_freq", 1), layers, where)
@@ -238,7 +251,7 @@ def _counts(args: Args, layers: int, pp: int, vpp: int, where: str) -> list[list
 
 
 def _layout_text(value: object) -> str:
-    """The layout as a string; some versions keep an object whose `input_data` is that string."""
+    """The layout as a string, of a length that unfolds to no more than a model can have."""
     short = value if isinstance(value, str) and len(value) <= 4096 else ""
     if short and math.prod(int(n) for n in re.findall(r"\d+", short)) <= LIMIT:
         return short

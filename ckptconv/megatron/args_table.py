@@ -7,7 +7,6 @@ docs/formats/megatron-per-rank.md is the same table for readers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -35,8 +34,7 @@ class Subject:
 
     @property
     def world(self) -> int:
-        t = self.topology
-        return t.pp * math.lcm(t.tp, t.ep * t.etp)
+        return self.topology.pp * self.topology.processes_per_stage
 
     @property
     def scaling(self) -> dict[str, object]:
@@ -44,7 +42,7 @@ class Subject:
 
     @property
     def scaling_kind(self) -> str:
-        return str(self.scaling.get("rope_type", self.scaling.get("type", ""))) if self.scaling else ""
+        return self.config.rope.kind if self.config.rope else ""
 
 
 Value = Callable[[Subject], object]
@@ -177,7 +175,7 @@ EXPERTS = (
         "architecture: router_topk (Megatron's default 2 for dense models)",
         _if_moe(lambda s: s.config.router_topk, 2),
     ),
-    _carried("moe_router_pre_softmax", lambda _: False, "False: softmax over the chosen experts (Mixtral)"),
+    _model("moe_router_pre_softmax", "router_pre_softmax"),
     _carried("moe_router_load_balancing_type", lambda _: "aux_loss", "Megatron's default"),
     _carried("moe_token_dispatcher_type", lambda _: "allgather", "Megatron's default"),
     Field(

@@ -51,12 +51,7 @@ def refuse_inexpressible(config: ModelConfig, core: Core, *, legacy: bool) -> No
         )
     if legacy and config.experts:
         problems.append("experts: save as mcore")
-    if (
-        legacy
-        and config.rope
-        and config.rope.scaling
-        and config.rope.scaling.get("rope_type", config.rope.scaling.get("type")) == "llama3"
-    ):
+    if legacy and config.rope and config.rope.kind == "llama3":
         problems.append("llama3 rope scaling: save as mcore")
     if legacy and config.qk_norm:
         problems.append("norms of queries and keys: save as mcore")
@@ -68,15 +63,16 @@ def refuse_inexpressible(config: ModelConfig, core: Core, *, legacy: bool) -> No
 
 def _scaling_problems(config: ModelConfig, core: Core) -> list[str]:
     """A rope scaling that would silently be left out gives wrong results at every position."""
-    scaling = config.rope.scaling if config.rope else None
-    if not scaling:
+    if config.rope is None or not config.rope.scaling or config.rope.kind == "default":
         return []
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind == "default":
-        return []
+    scaling, kind = config.rope.scaling, config.rope.kind
+    factor = scaling.get("factor")
+    if kind in ("linear", "llama3") and (
+        isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor <= 0
+    ):
+        return [f"{kind} rope scaling by {factor!r}: the factor must be a number above 0"]
     if kind == "linear":
-        factor = scaling.get("factor")
-        whole = isinstance(factor, (int, float)) and float(factor).is_integer()
+        whole = float(str(factor)).is_integer()
         return (
             []
             if whole
@@ -93,8 +89,8 @@ def _scaling_problems(config: ModelConfig, core: Core) -> list[str]:
         if k not in ("rope_type", "factor") and scaling.get(k) != fixed[k]
     ]
     problems = [f"llama3 rope scaling with {', '.join(other)}"] if other else []
-    if not core.rope_scaling_factor and scaling.get("factor") != 8:
-        problems.append(f"llama3 rope scaling by {scaling.get('factor')} (before 0.11 it is always by 8)")
+    if not core.rope_scaling_factor and factor != 8:
+        problems.append(f"llama3 rope scaling by {factor} (before 0.11 it is always by 8)")
     return problems
 
 
@@ -106,10 +102,9 @@ def notes(config: ModelConfig, core: Core, *, legacy: bool) -> tuple[str, ...]:
             f"rotary base is {config.rope.base:g}: Megatron's legacy models have 10000 in their code (0.9 to 0.16) "
             "and would run this model wrongly; the files keep it, and mcore models use it"
         )
-    scaling = config.rope.scaling if config.rope else None
-    if scaling and scaling.get("rope_type") == "llama3" and scaling.get("factor") != 8:
+    if config.rope and config.rope.scaling and config.rope.kind == "llama3" and config.rope.scaling.get("factor") != 8:
         out.append(
-            f"rope_scaling_factor is {scaling.get('factor')}: pretrain_gpt.py up to 0.16 never passes it to the model, "
+            f"rope_scaling_factor is {config.rope.scaling.get('factor')}: pretrain_gpt.py up to 0.16 never passes it to the model, "
             "which then scales by 8; give GPTModel(rope_scaling_factor=...) yourself"
         )
     if config.sliding_window and core.sliding_window:

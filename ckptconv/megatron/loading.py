@@ -9,11 +9,11 @@ from pathlib import Path
 
 from ckptconv.checkpoint import Extras, Key, Stored
 from ckptconv.dialect import detect
-from ckptconv.errors import CkptconvError, FormatError
+from ckptconv.errors import CkptconvError, ConfigError, FormatError
 from ckptconv.formats import Request
 from ckptconv.mapping import Mapping
 from ckptconv.megatron import hf_beside
-from ckptconv.megatron.architecture import Evidence, resolve
+from ckptconv.megatron.architecture import ADVICE, Evidence, resolve
 from ckptconv.megatron.args_read import ArgsLayout, layout, model_fields, refuse_unsupported
 from ckptconv.megatron.folders import Iteration, is_distributed, looks_like, open_iteration
 from ckptconv.megatron.grid import Grid, check_processes, make_grid, shared_args
@@ -56,6 +56,8 @@ def load(path: Path, config: Path | None, request: Request, kind: Kind) -> Store
     check_processes(grid, topology, iteration.folder)
     ranks, places = _ranks(grid, topology)
     mapping, variant = detect(kind.mappings, architecture, topology, ranks, kind.variant(contents[0]))
+    if strays := dict.fromkeys(key for content in contents for key in content.strays):
+        notes += (f"left behind in the rank files: {', '.join(strays)}",)
     extras = Extras(
         step=_step(iteration, contents), files=beside.files, notes=notes,
         objects={"args": args or {}, "state": _state(contents, iteration)},
@@ -111,6 +113,10 @@ def _topology(grid: Grid, evidence: Evidence) -> Topology:
             etp = size // local
         elif said is not None:
             etp = said
+        elif not isinstance(size, int) and grid.tp > 1:
+            raise ConfigError(
+                f"neither the size of an expert nor its tensor parallel size is stated, and a rank holds {local} of it: {ADVICE}"
+            )
         measured.facts["moe_ffn"] = local * etp
     return with_stages(Topology(grid.tp, grid.pp, grid.vpp, grid.ep, etp), grid.counts)
 

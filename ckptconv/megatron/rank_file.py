@@ -14,11 +14,18 @@ from ckptconv.tensor import Tensor
 
 _CHUNK = re.compile(r"model(\d{0,3})")
 MAX_DEPTH = 16
+KNOWN = {  # what Megatron saves beside the model: read, told as training state, or counters of a run
+    "args", "checkpoint_version", "iteration", "total_iters", "optimizer", "opt_param_scheduler", "lr_scheduler", "rng_state",
+    "random_rng_state", "np_rng_state", "torch_rng_state", "cuda_rng_state", "rng_tracker_states", "tokens",
+    "num_floating_point_operations_so_far", "rerun_state_machine", "content_metadata", "mp_rank",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class RankContent:
-    """What one process saved. `chunks` are its model chunks (one without virtual stages); `state` names what is no weight."""
+    """What one process saved. `chunks` are its model chunks (one without virtual stages); `state` names what is no weight, `strays`
+    what is not known.
+    """
 
     file: RankFile
     chunks: tuple[dict[str, Tensor], ...]
@@ -26,6 +33,7 @@ class RankContent:
     version: float | None
     iteration: int | None
     state: tuple[str, ...] = field(default=())
+    strays: tuple[str, ...] = field(default=())
 
     def where(self, chunk: int = 0) -> str:
         return self.file.name + (f" model{chunk}" if len(self.chunks) > 1 else "")
@@ -43,6 +51,7 @@ def read_rank(file: RankFile, check: bool, rename: Callable[[str], str]) -> Rank
         _version(saved, file),
         _iteration(saved, file),
         tuple(_state(saved)),
+        tuple(sorted(str(k)[:60] for k in saved if k not in KNOWN and not _CHUNK.fullmatch(str(k)))),
     )
 
 

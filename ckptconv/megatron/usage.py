@@ -8,6 +8,7 @@ from ckptconv.checkpoint import Stored
 from ckptconv.mapping import Mapping
 from ckptconv.megatron.args_table import layer_freq, whole
 from ckptconv.megatron.args_write import notes
+from ckptconv.megatron.saving import DIVISOR, vocab_rows
 from ckptconv.megatron.stages import pipeline_args
 from ckptconv.megatron.versions import NEWEST, Core
 
@@ -77,13 +78,13 @@ def _model(stored: Stored) -> list[str]:
         flags.append(
             f"--position-embedding-type rope --rotary-base {whole(config.rope.base)} --rotary-percent {config.rope.percent}"
         )
-        scaling = config.rope.scaling or {}
-        kind = scaling.get("rope_type", scaling.get("type"))
+        scaling, kind = config.rope.scaling or {}, config.rope.kind
         flags += [f"--use-rope-scaling --rope-scaling-factor {scaling.get('factor')}"] if kind == "llama3" else []
         flags += [f"--rotary-seq-len-interpolation-factor {whole(scaling.get('factor'))}"] if kind == "linear" else []
     switches = {
         "--swiglu": config.glu and config.activation == "silu",
         "--squared-relu": not config.glu and config.activation == "relu2",
+        "--openai-gelu": not config.glu and config.activation == "gelu_new",
         "--disable-bias-linear": not (config.out_bias and config.mlp_bias),
         "--add-qkv-bias": config.qkv_bias and not config.out_bias,
         "--qk-layernorm": config.qk_norm,
@@ -91,6 +92,8 @@ def _model(stored: Stored) -> list[str]:
     }
     flags.append(" ".join(flag for flag, on in switches.items() if on))
     flags += [f"--window-size {config.sliding_window - 1},0"] if config.sliding_window else []
+    if vocab_rows(config, stored.topology, DIVISOR) != config.vocab_rows:
+        flags.append(f"--make-vocab-size-divisible-by {config.vocab_rows // stored.topology.tp}")
     return [*flags, "--attention-dropout 0 --hidden-dropout 0"]
 
 
@@ -101,6 +104,7 @@ def _experts(stored: Stored) -> list[str]:
     flags = [
         f"--num-experts {config.experts} --moe-ffn-hidden-size {config.moe_ffn} --moe-router-topk {config.router_topk}"
     ]
+    flags += ["--moe-router-pre-softmax"] if config.router_pre_softmax else []
     freq = layer_freq(config)
     flags += [f"--moe-layer-freq '{freq}'"] if freq != 1 else []
     if "experts_te" in stored.variant:

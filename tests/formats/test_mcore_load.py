@@ -12,9 +12,10 @@ import pytest
 
 from ckptconv.canonicalize import canonicalize
 from ckptconv.checkpoint import Checkpoint, Key
-from ckptconv.errors import ConfigError, FormatError
+from ckptconv.errors import ConfigError, FormatError, UsageError
 from ckptconv.formats import Request
 from ckptconv.formats.mcore import Mcore, McoreLoad
+from ckptconv.pipeline import Job, prepare
 from tests.formats.helpers.megatron import EXPERTS, HEADS, VOCAB, hf_config, make, weights
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "mlm"
@@ -175,3 +176,74 @@ def test_vocabulary_cut_on_purpose_is_not_that_of_the_config_beside(tmp_path: Pa
     checkpoint = load(base)
     assert checkpoint.config.vocab == VOCAB
     assert any(note.startswith("vocabulary: hf/config.json says 1000") for note in checkpoint.extras.notes)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"moe_router_score_function": "sigmoid"},
+        {"moe_router_topk_scaling_factor": 2.5},
+        {"window_attn_skip_freq": 2},
+        {"apply_residual_connection_post_layernorm": True},
+        {"softmax_type": "learnable"},
+    ],
+    ids=lambda said: next(iter(said)),
+)
+def test_args_of_a_forward_pass_no_config_can_say_are_refused(tmp_path: Path, said: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(said))):
+        load(make(tmp_path, tp=1, pp=1, experts=EXPERTS, args=said))
+
+
+def test_router_that_softmaxes_first_is_kept_and_no_mixtral(tmp_path: Path) -> None:
+    source = make(
+        tmp_path / "src", tp=1, pp=1, experts=EXPERTS, args={"moe_router_pre_softmax": True, "moe_router_topk": 2}
+    )
+    again = prepare(Job(source, saver="mcore"))
+    assert again.checkpoint.config.router_pre_softmax
+    assert "--moe-router-pre-softmax" in again.usage("dst")
+    template = hf_config(tmp_path / "hf", experts=EXPERTS)
+    with pytest.raises(ConfigError, match="router_pre_softmax is True"):
+        prepare(Job(source, saver="hf", saver_options={"template": template}))
+    hf_config(source / "hf", experts=EXPERTS)
+    with pytest.raises(ConfigError, match="contradict each other:\n  router_pre_softmax"):
+        load(source)
+
+
+def test_size_of_an_expert_is_never_guessed(tmp_path: Path) -> None:
+    source = make(tmp_path, pp=1, etp=1, experts=EXPERTS, args={"ffn_hidden_size": None, "moe_router_topk": 2})
+    with pytest.raises(ConfigError, match="neither the size of an expert nor its tensor parallel size is stated"):
+        load(source)
+
+
+def test_unknown_entries_of_a_rank_file_are_told(tmp_path: Path) -> None:
+    def add(ranks: dict[tuple[int, ...], dict[str, Any]]) -> None:
+        for saved in ranks.values():
+            saved |= {"ema_model": {}, "num_floating_point_operations_so_far": 0}
+
+    assert load(make(tmp_path, edit=add)).extras.notes == ("left behind in the rank files: ema_model",)
+
+
+def test_settings_of_a_template_hold_against_args(tmp_path: Path) -> None:
+    """Official converters save a rotary base of 10000 for every model."""
+    template = hf_config(tmp_path / "hf")
+    plan = prepare(Job(make(tmp_path / "src"), saver="hf", saver_options={"template": str(template)})).plan
+    (config,) = [f.segments[0].body for f in plan.files if f.path == "config.json"]
+    assert config == (template / "config.json").read_bytes()
+    changes = plan.about["config_changes"]
+    assert isinstance(changes, list)
+    assert [line.partition(":")[0] for line in changes] == ["rope", "norm_eps", "max_positions"]
+    assert str(tmp_path) not in json.dumps(plan.about)
+
+
+def test_iteration_that_is_not_the_folders_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(make(tmp_path / "src") / "iter_0000007", tmp_path / "bare")
+    assert prepare(Job(tmp_path / "bare", saver="mcore", iteration=7)).stored.extras.step == 7
+    with pytest.raises(UsageError, match="iteration 7 alone"):
+        prepare(Job(tmp_path / "bare", saver="mcore", iteration=99))
+
+
+def test_usage_says_the_padding_that_gives_these_rows(tmp_path: Path) -> None:
+    source = make(tmp_path)
+    assert "divisible-by" not in prepare(Job(source, saver="mcore")).usage("dst")
+    usage = prepare(Job(source, saver="mcore", vocab_divisor=2)).usage("dst")
+    assert "--make-vocab-size-divisible-by 38" in usage

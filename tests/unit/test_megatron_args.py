@@ -194,6 +194,15 @@ def test_what_is_written_reads_back_as_it_was(config: ModelConfig) -> None:
         (MIXTRAL, (0, 16), True, "experts: save as mcore"),
         (replace(CONFIG, qk_norm=True), (0, 16), True, "norms of queries"),
         (replace(CONFIG, rope=None), (0, 16), False, "no position embedding"),
+        *(
+            (
+                replace(CONFIG, rope=Rope(scaling=llama3_scaling(8.0) | {"factor": factor})),
+                (0, 16),
+                False,
+                "factor must be",
+            )
+            for factor in (None, "8", True, -3)
+        ),
     ],
 )
 def test_what_no_flag_can_say_is_refused(

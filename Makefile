@@ -10,7 +10,7 @@ PYTHON  ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 VENV    ?= .venv
 CORE    ?= .venv-core
 WORKERS ?= 2
-GOLDENS ?= ../shared/golden/mlm
+GOLDENS ?= $(error say where the official outputs are: make $@ GOLDENS=FOLDER)
 BIN     := $(VENV)/bin
 PIP     := -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 BUILD   := --build-constraint constraints.txt  # pip of the pinned version knows it, that of a new environment need not

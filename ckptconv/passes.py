@@ -82,6 +82,6 @@ def mean_dtype(checkpoint: Checkpoint) -> DType | None:
     """The dtype most parameters are stored in, by bytes."""
     total: dict[DType, int] = {}
     for key, tensor in checkpoint.tensors.items():
-        if key.slot == "param":
+        if key.slot == "param" and tensor.dtype.is_float:
             total[tensor.dtype] = total.get(tensor.dtype, 0) + tensor.nbytes
     return max(total, key=lambda d: total[d]) if total else None

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ckptconv.containers import torch_file
-from ckptconv.containers.pickled import Namespace
+from ckptconv.containers.pickled import Namespace, Opaque, bytes_of
 from ckptconv.errors import FormatError
 from ckptconv.megatron.folders import RankFile
 from ckptconv.tensor import Tensor
 
 _CHUNK = re.compile(r"model(\d{0,3})")
 MAX_DEPTH = 16
+NOTHING_SAVED = 2048  # bytes; None saved with torch.save takes 1.3 kB
 KNOWN = {  # what Megatron saves beside the model: read, told as training state, or counters of a run
     "args", "checkpoint_version", "iteration", "total_iters", "optimizer", "opt_param_scheduler", "lr_scheduler", "rng_state",
     "random_rng_state", "np_rng_state", "torch_rng_state", "cuda_rng_state", "rng_tracker_states", "tokens",
@@ -51,7 +52,10 @@ def read_rank(file: RankFile, check: bool, rename: Callable[[str], str]) -> Rank
         _version(saved, file),
         _iteration(saved, file),
         tuple(_state(saved)),
-        tuple(sorted(str(k)[:60] for k in saved if k not in KNOWN and not _CHUNK.fullmatch(str(k)))),
+        (
+            *sorted(str(k)[:60] for k in saved if k not in KNOWN and not _CHUNK.fullmatch(str(k))),
+            *(word for key in _chunk_keys(saved, file) for word in _scaling(saved[key], f"{file.path}: {key}")),
+        ),
     )
 
 
@@ -84,6 +88,20 @@ def _tensors(model: object, rename: Callable[[str], str], where: str) -> dict[st
     if odd:
         raise FormatError(where, f"{len(odd)} entries are no tensors: {', '.join(odd[:8])}")
     return tensors
+
+
+def _scaling(model: object, where: str) -> Iterator[str]:
+    """A word for `_extra_state` entries that hold something: scaling factors of fp8 training, for which there is no place."""
+    for name, value in _flat(model, "", 0, where) if isinstance(model, dict) else ():
+        if name.endswith("_extra_state") and _size(value) > NOTHING_SAVED:
+            yield "_extra_state with contents (fp8 scaling factors)"
+            return
+
+
+def _size(value: object) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    return len(bytes_of(value) or b"") if isinstance(value, Opaque) else 0
 
 
 def _flat(table: dict[object, object], prefix: str, depth: int, where: str) -> Iterator[tuple[str, object]]:

@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ckptconv.canonicalize import canonicalize
 from ckptconv.checkpoint import Checkpoint, Key
 from ckptconv.errors import ConfigError, FormatError, UsageError
 from ckptconv.formats import Request
 from ckptconv.formats.mcore import Mcore, McoreLoad
+from ckptconv.megatron.folders import RankFile
+from ckptconv.megatron.rank_file import read_rank
 from ckptconv.pipeline import Job, prepare
 from tests.formats.helpers.megatron import EXPERTS, HEADS, VOCAB, hf_config, make, weights
 
@@ -247,3 +250,14 @@ def test_usage_says_the_padding_that_gives_these_rows(tmp_path: Path) -> None:
     assert "divisible-by" not in prepare(Job(source, saver="mcore")).usage("dst")
     usage = prepare(Job(source, saver="mcore", vocab_divisor=2)).usage("dst")
     assert "--make-vocab-size-divisible-by 38" in usage
+
+
+@pytest.mark.parametrize(("nbytes", "told"), [(0, False), (8, False), (4096, True)])
+def test_contents_of_extra_state_are_not_left_behind_silently(tmp_path: Path, nbytes: int, told: bool) -> None:
+    """fp8 training keeps scaling factors there; None takes a few bytes."""
+    path = tmp_path / "model_optim_rng.pt"
+    state = {"decoder.layers.0.mlp.linear_fc1._extra_state": torch.zeros(nbytes, dtype=torch.uint8)}
+    torch.save({"model": {"w": torch.zeros(2), **state}}, path)
+    content = read_rank(RankFile((0,), path), False, lambda name: name)
+    assert list(content.chunks[0]) == ["w"]
+    assert any("_extra_state" in stray for stray in content.strays) == told

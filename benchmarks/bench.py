@@ -190,30 +190,27 @@ def warm(folder: Path) -> None:
     subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
 
 
-def measure(names: list[str], source: Path, dst: Path, cold: bool, options: argparse.Namespace) -> dict[str, float]:
-    """One source's cases and the copy in turn, so that a slow minute slows all of them; median seconds of each case."""
+def measure(name: str, source: Path, dst: Path, cold: bool, options: argparse.Namespace) -> None:
+    """One case and the copy by turns, so that a slow minute slows both; prints the medians.
+
+    Nothing else comes between them: what a run finds depends on what the one before it left behind (see results.md).
+    """
     copies: list[float] = []
-    runs: dict[str, list[Measured]] = {name: [] for name in names}
+    found: list[Measured] = []
     for _ in range(options.rounds):
-        for name in ("cp", *names):
+        for run in ("cp", name):
             (drop if cold else warm)(source)
-            if name == "cp":
+            if run == "cp":
                 copies.append(copied(source, dst))
             else:
-                runs[name].append(converted(name, source, dst, options.memory * 10**6))
+                found.append(converted(name, source, dst, options.memory * 10**6))
             shutil.rmtree(dst)
             os.sync()
-    base = statistics.median(copies)
+    base, took = statistics.median(copies), statistics.median(m.seconds for m in found)
+    whole, peak = statistics.median(m.process for m in found), max(m.peak for m in found)
     size = sum(p.stat().st_size for p in source.rglob("*") if p.is_file())
-    cache = "cold" if cold else "warm"
-    say(cache, f"cp -r of {size / 1e9:.2f} GB", f"{base:.2f}", "", "", "", f"{size / base / 1e9:.2f}", "")
-    seconds = {name: statistics.median(m.seconds for m in found) for name, found in runs.items()}
-    for name, found in runs.items():
-        whole, peak = statistics.median(m.process for m in found), max(m.peak for m in found)
-        took, most = seconds[name], CASES[name].cold if cold else CASES[name].warm
-        say(cache, name, f"{took:.2f}", f"{took / base:.2f}", f"{most:.2f}", f"{whole / base:.2f}", f"{size / took / 1e9:.2f}",
-            f"{peak / 1e6:.0f}")  # fmt: skip
-    return seconds
+    say("cold" if cold else "warm", name, f"{size / 1e9:.2f}", f"{base:.2f}", f"{took:.2f}", f"{took / base:.2f}",
+        f"{CASES[name].cold if cold else CASES[name].warm:.2f}", f"{whole / base:.2f}", f"{peak / 1e6:.0f}")  # fmt: skip
 
 
 def say(*cells: str) -> None:
@@ -230,8 +227,8 @@ def main() -> None:
     parser.add_argument("--cache", choices=("warm", "cold", "both"), default="both")
     parser.add_argument("--folder", default=None)
     options = parser.parse_args()
-    say("cache", "case", "s, durable", "times cp", "at most", "with start-up", "GB/s read", "peak MB")
-    say(*["---"] * 8)
+    say("cache", "case", "GB", "cp -r, s", "s, durable", "times cp", "at most", "with start-up", "peak MB")
+    say(*["---"] * 9)
     for kind in dict.fromkeys(case.source for case in CASES.values()):
         names = [n for n, c in CASES.items() if c.source == kind and n in (options.cases or CASES)]
         if not names:
@@ -240,12 +237,8 @@ def main() -> None:
             source = Path(folder) / kind
             write_checkpoint(kind, source, int(min(options.gb, 1.3 if kind == "small" else options.gb) * 1e9))
             for cold in {"warm": [False], "cold": [True], "both": [False, True]}[options.cache]:
-                found = measure(names, source, Path(folder) / "out", cold, options)
-                if {"hf to tp2", "hf to tp8"} <= set(found):
-                    ratio = found["hf to tp8"] / found["hf to tp2"]
-                    say(
-                        "cold" if cold else "warm", "hf to tp8, times hf to tp2", "", f"{ratio:.2f}", "1.10", "", "", ""
-                    )
+                for name in names:
+                    measure(name, source, Path(folder) / "out", cold, options)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ckptconv.config import ModelConfig, units
 from ckptconv.errors import MappingError, TopologyError
-from ckptconv.mapping import Alternative, Apply, Expr, Mapping, Rule, atoms_of
+from ckptconv.mapping import Alternative, Apply, Expr, Mapping, Rule, atoms_of, stacked_over
 from ckptconv.ops import OPS, Op
 from ckptconv.tensor import Shape, Tensor
 from ckptconv.topology import Cut, Rank, Topology
@@ -39,11 +39,21 @@ class Leaf:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """An op with everything known but the index variables of its atoms."""
+    """An op with everything known but the index variables of its atoms.
+
+    A stack has one argument, which stands for as many operands as `over` has values of its variable.
+    """
 
     op: Op
     args: tuple[Node | Leaf, ...]
     shape: Shape
+    over: tuple[Env, ...] = ()
+
+    def operands(self, env: Env) -> list[tuple[Node | Leaf, Env]]:
+        """Each operand with the indices of its atoms."""
+        if self.over:
+            return [(self.args[0], env | value) for value in self.over]
+        return [(arg, env) for arg in self.args]
 
 
 class Binding(NamedTuple):
@@ -61,22 +71,22 @@ class Binding(NamedTuple):
 
     @property
     def atoms(self) -> list[str]:
-        return [leaf.atom.format(**self.env) for leaf in leaves(self.expr)]
+        return list(_atoms(self.expr, self.env))
 
 
-def leaves(expr: Node | Leaf) -> Iterator[Leaf]:
+def _atoms(expr: Node | Leaf, env: Env) -> Iterator[str]:
     if isinstance(expr, Leaf):
-        yield expr
+        yield expr.atom.format(**env)
     else:
-        for arg in expr.args:
-            yield from leaves(arg)
+        for arg, inner in expr.operands(env):
+            yield from _atoms(arg, inner)
 
 
 def put_together(expr: Node | Leaf, env: Env, get: Callable[[str], Tensor]) -> Tensor:
     """The expression applied to the cut atoms."""
     if isinstance(expr, Leaf):
         return expr.pick(get(expr.atom.format(**env)))
-    return expr.op.forward([put_together(arg, env, get) for arg in expr.args])
+    return expr.op.forward([put_together(arg, inner, get) for arg, inner in expr.operands(env)])
 
 
 def take_apart(expr: Node | Leaf, env: Env, whole: Tensor) -> Iterator[tuple[str, Leaf, Tensor]]:
@@ -84,15 +94,21 @@ def take_apart(expr: Node | Leaf, env: Env, whole: Tensor) -> Iterator[tuple[str
     if isinstance(expr, Leaf):
         yield expr.atom.format(**env), expr, whole
     else:
-        pieces = expr.op.inverse(whole, [arg.shape for arg in expr.args])
-        for arg, piece in zip(expr.args, pieces, strict=True):
-            yield from take_apart(arg, env, piece)
+        operands = expr.operands(env)
+        pieces = expr.op.inverse(whole, [arg.shape for arg, _ in operands])
+        for (arg, inner), piece in zip(operands, pieces, strict=True):
+            yield from take_apart(arg, inner, piece)
 
 
 def bind(
     mapping: Mapping, variant: frozenset[str], config: ModelConfig, topology: Topology, rank: Rank
 ) -> Iterator[Binding]:
     """The table of one rank: rows that share an index variable run index by index, as a module tree does."""
+    if not mapping.cut and not mapping.deal and next(itertools.islice(topology.ranks(), 1, None), None):
+        raise TopologyError(
+            f"{mapping.name} holds whole tensors: it cannot be laid out over ranks "
+            f"(tp {topology.tp}, pp {topology.pp}, vpp {topology.vpp}, ep {topology.ep})"
+        )
     binder = _Binder(mapping, variant, config, topology, rank)
     for variable, rules in itertools.groupby(mapping.rules, lambda rule: (VARIABLE.findall(rule.stored) or [""])[0]):
         compiled = [c for rule in rules if (c := binder.compile(rule)) is not None]
@@ -121,6 +137,7 @@ class _Binder:
         self.variant_tags = mapping.variant_tags
         self.cuts: dict[tuple[str, bool], Cut] = {}
         self.domains: dict[str, list[tuple[int, int]]] = {}
+        self.combined: dict[tuple[str, ...], list[tuple[Env, Env]]] = {}
         self.built: dict[tuple[str, int], tuple[Node | Leaf, Box | None]] = {}
 
     def has(self, tag: str, layer: int | None) -> bool:
@@ -138,8 +155,22 @@ class _Binder:
                 continue
             by_layer = tuple(t for t in alternative.when if "l" in variables and t.lstrip("!") in ("dense", "moe"))
             if all(self.has(t, None) for t in alternative.when if t not in by_layer):
+                self.check_layers_alike(rule.stored, alternative)
                 kept.append((alternative, by_layer))
         return _Compiled(rule, variables, tuple(kept)) if kept else None
+
+    def check_layers_alike(self, stored: str, alternative: Alternative) -> None:
+        """A tensor that all layers share needs them all to be of its kind."""
+        if "l" not in stacked_over(alternative.expr):
+            return
+        count = self.config.layers
+        for tag in alternative.when:
+            fitting = sum(self.has(tag, layer) for layer in range(count))
+            if fitting < count:
+                raise MappingError(
+                    f"{self.mapping.name}: {stored} has one axis for all {count} layers, but only {fitting} of them are {tag}: "
+                    "such a model needs its layers separate (--saver.layers separate)"
+                )
 
     def rows(self, row: _Compiled, variable: str, values: tuple[int, int]) -> Iterator[Binding]:
         """The rows of one rule at one index of its first variable (which is the layer, if it has one)."""
@@ -157,12 +188,19 @@ class _Binder:
         if not variable:
             yield Binding(stored, expr, {}, copy, box)
             return
-        rest = row.variables[1:]
-        for combination in itertools.product(*(self.domain(v) for v in rest)):
-            env, locals_ = {variable: index}, {variable: local}
-            for name, (i, j) in zip(rest, combination, strict=True):
-                env[name], locals_[name] = i, j
-            yield Binding(stored.format(**locals_), expr, env, copy, box)
+        stored = stored.replace(f"{{{variable}}}", str(local))
+        for ours, theirs in self.combinations(row.variables[1:]):
+            yield Binding(stored.format(**theirs), expr, {variable: index, **ours}, copy, box)
+
+    def combinations(self, variables: tuple[str, ...]) -> list[tuple[Env, Env]]:
+        """Every choice of an index for each variable: the global ones, and those that this rank stores them under."""
+        if variables not in self.combined:
+            choices = itertools.product(*(self.domain(v) for v in variables))
+            self.combined[variables] = [
+                (dict(zip(variables, (i for i, _ in pairs), strict=True)), dict(zip(variables, (j for _, j in pairs), strict=True)))
+                for pairs in choices
+            ]  # fmt: skip
+        return self.combined[variables]
 
     def expression(self, rule: Rule, alternative: Alternative) -> tuple[Node | Leaf, Box | None]:
         key = (rule.stored, rule.alternatives.index(alternative))
@@ -175,8 +213,8 @@ class _Binder:
 
     def build(self, expr: Expr) -> tuple[Node | Leaf, Box | None]:
         if isinstance(expr, str) or not self.exceeds(expr):
-            return self.node(expr, {}, whole=False), None
-        node = self.node(expr, {}, whole=True)
+            return self.node(expr, whole=False), None
+        node = self.node(expr, whole=True)
         rows, n = node.shape[0], self.topology.tp
         if rows % n:
             raise TopologyError(f"{rows} assembled rows cannot be cut {n} ways (tp {n})")
@@ -192,23 +230,17 @@ class _Binder:
             for axis in axes
         )
 
-    def node(self, expr: Expr, env: Env, *, whole: bool) -> Node | Leaf:
+    def node(self, expr: Expr, *, whole: bool) -> Node | Leaf:
         if isinstance(expr, str):
-            return self.leaf(expr, env, whole=whole)
-        if expr.over is None:
-            args = tuple(self.node(arg, env, whole=whole) for arg in expr.args)
-        else:
-            args = tuple(
-                self.node(expr.args[0], env | {expr.over: index}, whole=whole) for index, _ in self.domain(expr.over)
-            )
+            return self.leaf(expr, whole=whole)
+        args = tuple(self.node(arg, whole=whole) for arg in expr.args)
+        over = tuple({expr.over: index} for index, _ in self.domain(expr.over)) if expr.over else ()
         op = OPS[expr.op](**self.params(expr, whole=whole))
-        return Node(op, args, op.shape([arg.shape for arg in args]))
+        return Node(op, args, op.shape([arg.shape for arg in args] * (len(over) if expr.over else 1)), over)
 
-    def leaf(self, template: str, env: Env, *, whole: bool) -> Leaf:
+    def leaf(self, template: str, *, whole: bool) -> Leaf:
         axes = self.mapping.vocabulary.atoms[template].axes
         cuts = [self.cut(axis, whole=whole) for axis in axes]
-        for name, index in env.items():
-            template = template.replace("{" + name + "}", str(index))
         return Leaf(
             template,
             tuple(c.lo for c in cuts),

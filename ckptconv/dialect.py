@@ -37,10 +37,13 @@ def detect(
                 table.update({(rank, b.stored): b for b in bind(mapping, variant, config, topology, rank)})
                 if any("expert" in key.name for key in tensors) or not mapping.variants:
                     break
-            scored.append((_misfits(mapping, table, ranks), mapping, variant, frozenset(name for _, name in table)))
+            misfits = _misfits(mapping, table, ranks)
+            if not misfits:
+                return mapping, variant
+            scored.append((misfits, mapping, variant, frozenset(name for _, name in table)))
     best = min(score for score, *_ in scored)
     nearest = [s for s in scored if s[0] == best]
-    if best and len({names for *_, names in nearest}) > 1:
+    if len({names for *_, names in nearest}) > 1:
         forms = [f"{m.name} {' '.join(sorted(v))}" for _, m, v, _ in nearest]
         raise FormatError("the stored names", f"fit none of these dialects and two equally badly: {', '.join(forms)}")
     return nearest[0][1], nearest[0][2]

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import ml_dtypes
 import numpy as np
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class DType:
-    """An element type. `numpy` interprets the bits; layout code only ever uses `itemsize`."""
+    """An element type, one object for each. `numpy` interprets the bits; layout code only ever uses `itemsize`."""
 
     name: str
-    numpy: np.dtype[np.generic] = field(compare=False)
-    safetensors: str = field(compare=False)
-    torch: str = field(compare=False)
-    storage: str = field(compare=False)
+    numpy: np.dtype[np.generic]
+    safetensors: str
+    torch: str
+    storage: str
+    itemsize: int = field(init=False)
 
-    @property
-    def itemsize(self) -> int:
-        return self.numpy.itemsize
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "itemsize", self.numpy.itemsize)
+
+    def __reduce__(self) -> tuple[Callable[[str], DType], tuple[str]]:
+        """Pickled by name: it is still the one object when it comes back."""
+        return named, (self.name,)
 
     @property
     def is_float(self) -> bool:
@@ -53,6 +58,12 @@ def _all() -> dict[str, DType]:
 
 
 DTYPES: dict[str, DType] = _all()
+
+
+def named(name: str) -> DType:
+    return DTYPES[name]
+
+
 FP32, FP16, BF16 = DTYPES["fp32"], DTYPES["fp16"], DTYPES["bf16"]
 UINT8 = DTYPES["uint8"]
 BY_SAFETENSORS = {d.safetensors: d for d in DTYPES.values()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ckptconv.config import AXES, TAGS, ModelConfig
 from ckptconv.dtypes import DTYPES, DType
@@ -13,6 +13,7 @@ from ckptconv.errors import MappingError
 from ckptconv.tensor import Shape
 
 VARIABLE = re.compile(r"\{(\w+)\}")
+INDEX = re.compile(r"\.\d+(?=\.|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,11 @@ class Vocabulary:
 
     variables: dict[str, str]
     atoms: dict[str, Atom]
+    _unnumbered: dict[str, Atom] = field(init=False, repr=False, compare=False)  # by name, every index a #
+
+    def __post_init__(self) -> None:
+        unnumbered = {re.sub(r"\.\{\w+\}", ".#", name): atom for name, atom in self.atoms.items()}
+        object.__setattr__(self, "_unnumbered", unnumbered)
 
     def count(self, variable: str, config: ModelConfig) -> int:
         return int(getattr(config, self.variables[variable]))
@@ -41,22 +47,20 @@ class Vocabulary:
     def expected(self, config: ModelConfig) -> Iterator[tuple[str, Atom]]:
         """Every concrete atom a model of this architecture has."""
         for atom in self.atoms.values():
-            names = VARIABLE.findall(atom.name)
-            for values in itertools.product(*(range(self.count(v, config)) for v in names)):
-                env = dict(zip(names, values, strict=True))
-                if all(config.has(tag, env.get("l")) for tag in atom.when):
-                    yield atom.name.format(**env), atom
+            for layer in range(self.count("l", config)) if "{l}" in atom.name else (None,):
+                if all(config.has(tag, layer) for tag in atom.when):
+                    for name in self._names(atom.name.replace("{l}", str(layer)), config):
+                        yield name, atom
+
+    def _names(self, template: str, config: ModelConfig) -> Iterator[str]:
+        """The template with every index that it leaves open."""
+        names = VARIABLE.findall(template)
+        for values in itertools.product(*(range(self.count(v, config)) for v in names)):
+            yield template.format(**dict(zip(names, values, strict=True)))
 
     def atom_of(self, name: str) -> Atom | None:
         """The atom a concrete name belongs to."""
-        parts = name.split(".")
-        for atom in self.atoms.values():
-            template = atom.name.split(".")
-            if len(template) == len(parts) and all(
-                t == p or (t[0] == "{" and p.isdecimal()) for t, p in zip(template, parts, strict=True)
-            ):
-                return atom
-        return None
+        return self._unnumbered.get(INDEX.sub(".#", name))
 
 
 def parse_vocabulary(raw: dict[str, object], where: str) -> Vocabulary:

@@ -48,6 +48,7 @@ class Pickler:
         self.memo: dict[int, bytes] = {}  # by the id of a shared object: how to get it again
         self.kept: list[object] = []  # values made here: the memo goes by id, so they must not die before it
         self.texts: dict[object, bytes] = {}  # strings and globals, by value
+        self.alike: dict[tuple[DType, Shape], tuple[bytes, bytes]] = {}  # what stands around the key of such a tensor
         self.count = 0
         self.depth = 0
 
@@ -220,35 +221,57 @@ class Pickler:
             self.out.append(got)
 
     def _tensor(self, value: Any, path: str) -> None:
-        """`_rebuild_tensor_v2` (v3 for types without a storage class) of a row-major storage of the tensor's own."""
+        """As any other of its dtype and shape but for the key, once all that they share is in the memo."""
+        kind = (value.dtype, value.shape)
+        if (around := self.alike.get(kind)) is not None:
+            self.out += (around[0], self._key(path, value), around[1])
+        else:
+            start, count = len(self.out), self.count
+            key = self._rebuilt(value, path)
+            if self.count == count:
+                self.alike[kind] = b"".join(self.out[start:key]), b"".join(self.out[key + 1 :])
+        self._shared(value)
+
+    def _rebuilt(self, value: Tensor, path: str) -> int:
+        """`_rebuild_tensor_v2` (v3 for types without a storage class) of a row-major storage of the tensor's own.
+
+        Returns where in `out` the storage's key stands.
+        """
         typed = value.dtype.storage and not value.dtype.name.startswith("fp8")
         self.global_(_REBUILD_V2 if typed else _REBUILD_V3)
         self.out.append(_MARK)
-        self._persistent(path, value, value.dtype if typed else None)
+        key = self._persistent(path, value, value.dtype if typed else None)
         self.out += (b"K\0", _geometry(value.shape), b"\x89")
         self.global_(_ORDERED)
         self.out.append(b")" + _REDUCE)
         if not typed:
             self.global_(Global("torch", value.dtype.torch))
         self.out.append(_TUPLE + _REDUCE)
-        self._shared(value)
+        return key
 
     def _storage(self, value: Storage, path: str) -> None:
         dtype = value.dtype or UINT8
         self._persistent(path, contiguous(value.source, (value.source.nbytes // dtype.itemsize,), dtype), value.dtype)
         self._shared(value)
 
-    def _persistent(self, path: str, body: Tensor, dtype: DType | None) -> None:
+    def _persistent(self, path: str, body: Tensor, dtype: DType | None) -> int:
+        """A storage's persistent id; returns where in `out` its key stands."""
         name = Global("torch", dtype.storage) if dtype else Global("torch.storage", "UntypedStorage")
         numel = body.nbytes // dtype.itemsize if dtype else body.nbytes
         self.out.append(_MARK)
         self._str("storage")
         self.global_(name)
-        key = str(len(self.bodies)).encode()
-        self.out += (b"X", len(key).to_bytes(4, "little"), key)
+        key = len(self.out)
+        self.out.append(self._key(path, body))
         self._str("cpu")
         self.out.append(_int(numel) + _TUPLE + _PERSID)
+        return key
+
+    def _key(self, path: str, body: Tensor) -> bytes:
+        """The next storage's key."""
+        key = b"%d" % len(self.bodies)
         self.bodies.append(Body(path, body))
+        return b"X" + len(key).to_bytes(4, "little") + key
 
 
 def _int(value: int) -> bytes:

@@ -46,7 +46,7 @@ class _Entry:
             raise ValueError("an entry has exactly dtype, shape and data_offsets")
         self.name = name
         self.dtype = _dtype(info["dtype"])
-        self.shape: Shape = tuple(_natural(n) for n in _list(info["shape"]))
+        self.shape: Shape = tuple(map(_natural, _list(info["shape"])))
         offsets = _list(info["data_offsets"])
         if len(offsets) != 2:
             raise ValueError("data_offsets are not two numbers")

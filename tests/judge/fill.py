@@ -24,20 +24,20 @@ RankTensors = dict[str, dict[str, NDArray[Any]]]
 
 
 def filled_logits(hf: Path, ids: torch.Tensor, layout: Layout, divisor: int = 128) -> Logits:
-    config, whole = _read(hf, layout, divisor)
+    config, whole = read_whole(hf, layout, divisor)
 
     def job() -> Logits | None:
-        return logits(_filled(spec_from_hf(config, layout.tp, divisor), layout, whole), ids)
+        return logits(filled(spec_from_hf(config, layout.tp, divisor), layout, whole), ids)
 
     return agreed(layout, job)[..., : config["vocab_size"]]
 
 
 def filled_states(hf: Path, layout: Layout, divisor: int = 128) -> dict[str, RankTensors]:
     """rank folder -> chunk ("model", or "model0" …) -> name -> values: the files Megatron-Core would save."""
-    config, whole = _read(hf, layout, divisor)
+    config, whole = read_whole(hf, layout, divisor)
 
     def job() -> tuple[str, RankTensors]:
-        chunks = _filled(spec_from_hf(config, layout.tp, divisor), layout, whole)
+        chunks = filled(spec_from_hf(config, layout.tp, divisor), layout, whole)
         names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
         return rank_folder(layout), {n: _plain(c.state_dict()) for n, c in zip(names, chunks, strict=True)}
 
@@ -48,7 +48,7 @@ def _plain(state: dict[str, Any]) -> dict[str, NDArray[Any]]:
     return {name: value.numpy() for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
-def _read(hf: Path, layout: Layout, divisor: int) -> tuple[dict[str, Any], Tensors]:
+def read_whole(hf: Path, layout: Layout, divisor: int) -> tuple[dict[str, Any], Tensors]:
     from safetensors.torch import load_file
 
     config = json.loads((hf / "config.json").read_text())
@@ -58,7 +58,7 @@ def _read(hf: Path, layout: Layout, divisor: int) -> tuple[dict[str, Any], Tenso
     return config, whole_tensors(stored, spec_from_hf(config, layout.tp, divisor))
 
 
-def _filled(spec: Spec, layout: Layout, whole: Tensors) -> list[Any]:
+def filled(spec: Spec, layout: Layout, whole: Tensors) -> list[Any]:
     chunks = build(spec, layout)
     for chunk in chunks:
         state = {name: _cut(entry, whole) for name, entry in chunk.sharded_state_dict().items()}
@@ -92,7 +92,7 @@ def whole_tensors(hf: Tensors, spec: Spec) -> Tensors:
         "embedding.word_embeddings.weight": _padded(hf["model.embed_tokens.weight"], spec.vocab_rows),
         "decoder.final_layernorm.weight": hf["model.norm.weight"],
         layer + "self_attention.linear_qkv.layer_norm_weight": _stacked(hf, spec, "input_layernorm.weight"),
-        layer + "mlp.linear_fc1.layer_norm_weight": _stacked(hf, spec, "post_attention_layernorm.weight"),
+        layer + _second_norm(spec): _stacked(hf, spec, "post_attention_layernorm.weight"),
         layer + "self_attention.linear_proj.weight": _stacked(hf, spec, "self_attn.o_proj.weight"),
         layer + "self_attention.linear_qkv.weight": _qkv(hf, spec, "weight"),
     }
@@ -105,6 +105,10 @@ def whole_tensors(hf: Tensors, spec: Spec) -> Tensors:
     for name in ("q", "k") if spec.qk_norm else ():
         whole[layer + f"self_attention.{name}_layernorm.weight"] = _stacked(hf, spec, f"self_attn.{name}_norm.weight")
     return whole | (_experts(hf, spec) if spec.experts else _dense(hf, spec))
+
+
+def _second_norm(spec: Spec) -> str:
+    return "pre_mlp_layernorm.weight" if spec.experts else "mlp.linear_fc1.layer_norm_weight"
 
 
 def _dense(hf: Tensors, spec: Spec) -> Tensors:

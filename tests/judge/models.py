@@ -49,12 +49,17 @@ def build(spec: Spec, layout: Layout) -> list[Any]:
 def _layer(spec: Spec) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    return get_gpt_layer_local_spec(
+    layer = get_gpt_layer_local_spec(
         num_experts=spec.experts,
         moe_grouped_gemm=spec.grouped_experts,
         qk_layernorm=spec.qk_norm,
         normalization="RMSNorm",
     )
+    if spec.experts:
+        # The local modules would name the norm before experts `mlp.linear_fc1.layer_norm_weight` in a distributed checkpoint,
+        # where those of TransformerEngine, which real runs have, keep `pre_mlp_layernorm.weight`. Other names are the same.
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    return layer
 
 
 def _config(spec: Spec, layout: Layout) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import queue
 import sys
 import types
 import warnings
@@ -58,6 +59,7 @@ def _replace_megatron_calls() -> None:
     if not hasattr(moe_utils, "te_general_gemm"):  # 0.16.1 uses the name without defining it when TE is absent
         moe_utils.te_general_gemm = None
     _provide_grouped_gemm()
+    _write_checkpoints_with_what_is_there()
 
 
 def _provide_grouped_gemm() -> None:
@@ -73,3 +75,11 @@ def _provide_grouped_gemm() -> None:
     package.ops = ops  # type: ignore[attr-defined]
     sys.modules.setdefault("grouped_gemm", package)
     util.grouped_gemm, util.ops = package, ops
+
+
+def _write_checkpoints_with_what_is_there() -> None:
+    """Saving torch_dist asks psutil for a number that is only logged, and starts a server process for one queue."""
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as writer
+
+    writer._process_memory = lambda: 0
+    writer._get_write_results_queue = cache(queue.Queue)  # a save that is not asynchronous fills and empties it itself

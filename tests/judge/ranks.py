@@ -27,7 +27,8 @@ TIMEOUT = 120.0
 class Layout:
     """How Megatron-Core is started. `first`, `last`: layers of the first and last stage; `stages`: its layout string.
 
-    `count_embedding`, `count_loss`: the ends count as a layer each (account_for_…_in_pipeline_split).
+    `count_embedding`, `count_loss`: the ends count as a layer each (account_for_…_in_pipeline_split). `dp`: how often
+    the smallest world that holds the model once is repeated.
     """
 
     tp: int = 1
@@ -40,10 +41,11 @@ class Layout:
     stages: str | None = None
     count_embedding: bool = False
     count_loss: bool = False
+    dp: int = 1
 
     @property
     def world(self) -> int:
-        return lcm(self.tp, self.ep * (self.etp or self.tp)) * self.pp
+        return lcm(self.tp, self.ep * (self.etp or self.tp)) * self.pp * self.dp
 
     @property
     def name(self) -> str:

@@ -17,3 +17,15 @@ def no_collecting() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+@contextmanager
+def old_ones_kept() -> Iterator[None]:
+    """Collection inside looks at new objects only: a plan of many tensors is there to stay, and costs a second to look through."""
+    ours = not gc.get_freeze_count()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if ours:
+            gc.unfreeze()

@@ -114,9 +114,10 @@ class Completion:
             tensors = []
             for s, segment in enumerate(file.segments):
                 if isinstance(segment.body, Tensor):
-                    parts = [self._done[Claim(f, s, piece)].digest for piece, _, _ in pieces(segment.nbytes)]
+                    nbytes = segment.nbytes
+                    parts = [self._done[Claim(f, s, piece)].digest for piece, _, _ in pieces(nbytes)]
                     came = names.of(segment.body)
-                    tensors.append(TensorEntry(segment.name, segment.offset, segment.nbytes, digest_of(parts), came))
+                    tensors.append(TensorEntry(segment.name, segment.offset, nbytes, digest_of(parts), came))
             yield FileEntry(file.path, file.size, self._rest[f], tuple(tensors))
 
 

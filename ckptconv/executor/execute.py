@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
 
+from ckptconv.collecting import old_ones_kept
 from ckptconv.errors import FormatError, PlanError, ReplicaError, ResumeError, ValueLossError
 from ckptconv.executor.complete import Completion, folders
 from ckptconv.executor.destination import Destination, check_free, check_space, commit, discard, in_place, locate
@@ -53,6 +54,7 @@ class Report:
     losses: Mapping[str, Loss] = field(default_factory=dict)
 
 
+@old_ones_kept()
 def execute(plan: Plan, dst: Path, options: ExecuteOptions | None = None, progress: Progress | None = None) -> Report:
     """Write the plan's files to `dst`, which must be absent or an empty folder; continue what an earlier run left."""
     options = options or ExecuteOptions()

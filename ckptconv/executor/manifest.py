@@ -18,7 +18,7 @@ from ckptconv.containers import json_file
 from ckptconv.errors import FormatError
 from ckptconv.executor.fingerprint import MANIFEST
 from ckptconv.executor.units import PIECE, pieces
-from ckptconv.nodes import View
+from ckptconv.nodes import Concat, Fold, Map, View
 from ckptconv.tensor import Tensor
 
 _VERSION = 1
@@ -89,15 +89,23 @@ class Names:
 
     def of(self, tensor: Tensor) -> tuple[str, ...]:
         """In the order of first use."""
-        if isinstance(tensor, View):
-            return (self._name(tensor.source.path),)
-        return tuple(dict.fromkeys(self._name(m.source.path) for m in tensor.lower() if m.source is not None))
+        return tuple(dict.fromkeys(self._name(path) for path in _paths(tensor)))
 
     def _name(self, path: str) -> str:
         known = self._known.get(path)
         if known is None:
             known = self._known[path] = relative(path, self._root)
         return known
+
+
+def _paths(tensor: Tensor) -> Iterator[str]:
+    if isinstance(tensor, View):
+        yield tensor.source.path
+    elif isinstance(tensor, Concat):
+        for part in tensor.parts:
+            yield from _paths(part)
+    elif isinstance(tensor, Map | Fold):
+        yield from _paths(tensor.child)
 
 
 def relative(path: str, root: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from ckptconv.config import TAGS
@@ -56,7 +57,10 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """A family or dialect. `rules` stand in the dialect's parameter order; `config` is the raw table for the config codec."""
+    """A family or dialect. `rules` stand in the dialect's parameter order; `config` is the raw table for the config codec.
+
+    `stack` lists the variables whose members share one tensor: the rules have them as axes already.
+    """
 
     name: str
     vocabulary: Vocabulary
@@ -70,6 +74,7 @@ class Mapping:
     ignore: tuple[str, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)
     variants: tuple[tuple[str, ...], ...] = ()
+    stack: tuple[str, ...] = ()
 
     def rename(self, name: str) -> str:
         """The current spelling of a stored name."""
@@ -85,8 +90,8 @@ class Mapping:
         return frozenset(tag for group in self.variants for tag in group)
 
 
-def parse_rules(raw: dict[str, object], where: str) -> dict[str, Rule | None]:
-    """The blocks of one file, stored name -> rule; None takes a parent's rule away."""
+def parse_rules(raw: dict[str, object], where: str, stack: Sequence[str] = ()) -> dict[str, Rule | None]:
+    """The blocks of one file, stored name -> rule, stacked; None takes a parent's rule away."""
     rules: dict[str, Rule | None] = {}
     blocks = raw.get("block", [])
     if not isinstance(blocks, list):
@@ -99,16 +104,17 @@ def parse_rules(raw: dict[str, object], where: str) -> dict[str, Rule | None]:
                 raise MappingError(f"{where}: a block that uses {block['use']!r} cannot have {sorted(both)} as well")
             continue
         for name, row in block.get("tensors", {}).items():
-            stored = block.get("stored", "") + name
+            written = block.get("stored", "") + name
+            stored = _unnumbered(written, stack)
             if stored in rules:
                 raise MappingError(f"{where}: {stored!r} is written twice; give alternatives as a list")
-            rules[stored] = None if row is False else _rule(stored, row, block, f"{where}: {stored}")
+            rules[stored] = None if row is False else stacked(_rule(written, row, block, f"{where}: {written}"), stack)
     return rules
 
 
 def _rule(stored: str, row: object, block: dict[str, object], where: str) -> Rule:
     rows = row if isinstance(row, list) else [row]
-    prefix, when, on = str(block.get("canonical", "")), _named(block, "when", where), _named(block, "on", where)
+    prefix, when, on = str(block.get("canonical", "")), named(block, "when", where), named(block, "on", where)
     alternatives = []
     for one in rows:
         conditions = {k: v for k, v in one.items() if k in CONDITIONS} if isinstance(one, dict) else {}
@@ -116,16 +122,16 @@ def _rule(stored: str, row: object, block: dict[str, object], where: str) -> Rul
         alternatives.append(
             Alternative(
                 _expr(body, prefix, where),
-                (*when, *_named(conditions, "when", where)),
-                frozenset(_named(conditions, "on", where) or on),
+                (*when, *named(conditions, "when", where)),
+                frozenset(named(conditions, "on", where) or on),
                 bool(conditions.get("copy", False)),
             )
         )
     return Rule(stored, tuple(alternatives))
 
 
-def _named(table: dict[str, object], key: str, where: str) -> tuple[str, ...]:
-    """A condition: a string or a list of them. Anything else would otherwise count as no condition at all."""
+def named(table: dict[str, object], key: str, where: str) -> tuple[str, ...]:
+    """A name or a list of them. Anything else would otherwise count as none at all."""
     value = table.get(key, ())
     if not isinstance(value, str) and not (isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)):
         raise MappingError(f"{where}: {key} is {value!r}, expected a name or a list of names")
@@ -164,6 +170,40 @@ def atoms_of(expr: Expr) -> Iterator[str]:
             yield from atoms_of(arg)
 
 
+def stacked_over(expr: Expr) -> Iterator[str]:
+    """The variables whose members share one tensor."""
+    if isinstance(expr, Apply):
+        if expr.over is not None:
+            yield expr.over
+        for arg in expr.args:
+            yield from stacked_over(arg)
+
+
+def stacked(rule: Rule, variables: Sequence[str]) -> Rule:
+    """The rule with an axis in place of each of these variables in its name, the first one outermost."""
+    alternatives = rule.alternatives
+    for i, variable in enumerate(variables):
+        if variable in VARIABLE.findall(rule.stored):
+            alternatives = tuple(replace(a, expr=_on_axis(a.expr, variable, variables[:i])) for a in alternatives)
+    return Rule(_unnumbered(rule.stored, variables), alternatives)
+
+
+def _unnumbered(stored: str, variables: Sequence[str]) -> str:
+    name = stored
+    for variable in variables:
+        name = name.replace(f".{{{variable}}}", "")
+    if left := set(VARIABLE.findall(name)) & set(variables):
+        raise MappingError(f"{stored!r}: {sorted(left)} cannot be stacked: no index with a dot before it")
+    return name
+
+
+def _on_axis(expr: Expr, variable: str, outer: Sequence[str]) -> Expr:
+    """A stack over the variable around the expression, inside those that stand over `outer` ones."""
+    if isinstance(expr, Apply) and expr.over in outer:
+        return replace(expr, args=(_on_axis(expr.args[0], variable, outer),))
+    return Apply("stack", {}, (expr,), variable)
+
+
 def validate(mapping: Mapping) -> None:
     """Everything that can be wrong with a mapping file before it meets a model, with file and rule named."""
     tags = TAGS | mapping.variant_tags
@@ -174,6 +214,11 @@ def validate(mapping: Mapping) -> None:
             problems += [f"{rule.stored}: unknown tag {t!r}" for t in alternative.when if t.lstrip("!") not in tags]
             problems += [f"{rule.stored}: unknown role {r!r}" for r in alternative.on if r not in ROLES]
             problems += [f"{rule.stored}: {p}" for p in _problems(alternative.expr, bound, mapping)]
+    names = Counter(rule.stored for rule in mapping.rules)
+    problems += [f"{name}: {n} rows have this name" for name, n in names.items() if n > 1]
+    problems += [
+        f"stack names an unknown variable {v!r}" for v in mapping.stack if v not in mapping.vocabulary.variables
+    ]
     known = {axis for atom in mapping.vocabulary.atoms.values() for axis in atom.axes}
     problems += [f"[cut] names an unknown axis {axis!r}" for axis in mapping.cut if axis not in known]
     problems += [

@@ -9,12 +9,12 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from ckptconv.errors import MappingError, UsageError
-from ckptconv.mapping import Alternative, Apply, Expr, Mapping, Rule, parse_rules, validate
+from ckptconv.mapping import Alternative, Apply, Expr, Mapping, Rule, named, parse_rules, stacked, validate
 from ckptconv.vocabulary import VARIABLE, Vocabulary, parse_vocabulary, words
 
 ENTRY_POINTS = "ckptconv.mappings"
 TABLES = {"match", "config", "cut", "deal", "excess", "aliases"}
-TOP_LEVEL = {"extends", "block", "ignore", "variants", "vocabulary", *TABLES}
+TOP_LEVEL = {"extends", "block", "ignore", "variants", "stack", "vocabulary", *TABLES}
 
 
 def builtin_folder() -> Path:
@@ -83,17 +83,19 @@ def _build(name: str, path: Path, chain: tuple[str, ...]) -> Mapping:
         raise MappingError(f"mappings extend each other in a circle: {' -> '.join([*chain, name])}")
     raw = _read(path)
     parent = _parent(raw, path, (*chain, name))
+    stack = tuple(dict.fromkeys([*(parent.stack if parent else ()), *named(raw, "stack", str(path))]))
     mapping = Mapping(
         name=name,
         vocabulary=_vocabulary(raw, parent, str(path)),
-        rules=_rules(raw, parent, path, (*chain, name)),
+        rules=_rules(raw, parent, path, (*chain, name), stack),
         extends=parent.name if parent else None,
         ignore=(*(parent.ignore if parent else ()), *words(raw.get("ignore", ()))),
         variants=_variants(raw, parent, (*chain, name)),
+        stack=stack,
         match={**(parent.match if parent else {}), **_table(raw, "match", path)},
         config=_merged(parent.config if parent else {}, _table(raw, "config", path)),
-        cut={**(parent.cut if parent else {}), **_inverted(_table(raw, "cut", path))},
-        deal={**(parent.deal if parent else {}), **_inverted(_table(raw, "deal", path))},
+        cut=_merged_dimensions(parent.cut if parent else {}, _table(raw, "cut", path)),
+        deal=_merged_dimensions(parent.deal if parent else {}, _table(raw, "deal", path)),
         excess=_strings(_table(raw, "excess", path)) or (parent.excess if parent else {}),
         aliases={**(parent.aliases if parent else {}), **_strings(_table(raw, "aliases", path))},
     )
@@ -160,12 +162,15 @@ def _used(block: dict[str, object], chain: tuple[str, ...]) -> Mapping:
     return _build(name, mapping_paths()[name][1], chain)
 
 
-def _rules(raw: dict[str, object], parent: Mapping | None, path: Path, chain: tuple[str, ...]) -> tuple[Rule, ...]:
+def _rules(
+    raw: dict[str, object], parent: Mapping | None, path: Path, chain: tuple[str, ...], stack: Sequence[str]
+) -> tuple[Rule, ...]:
     """The parent's rules with ours in their place; a new one stands behind the last that has the same first index variable."""
     rules = list(parent.rules) if parent else []
     for block in _using(raw):
         rules += _prefixed(_used(block, chain).rules, block)
-    own = parse_rules(raw, str(path))
+    rules = [stacked(rule, stack) for rule in rules]
+    own = parse_rules(raw, str(path), stack)
     if not rules:
         return tuple(rule for rule in own.values() if rule is not None)
     added: dict[tuple[str, ...], list[Rule]] = {}
@@ -223,9 +228,10 @@ def _merged(parent: dict[str, object], own: dict[str, object]) -> dict[str, obje
     return out
 
 
-def _inverted(table: dict[str, object]) -> dict[str, str]:
-    """dimension -> names, as written, to name -> dimension."""
-    return {name: dimension for dimension, names in table.items() for name in words(names)}
+def _merged_dimensions(parent: dict[str, str], own: dict[str, object]) -> dict[str, str]:
+    """dimension -> names, as written, to name -> dimension; `false` takes the parent's names of a dimension away."""
+    kept = {name: dimension for name, dimension in parent.items() if own.get(dimension) is not False}
+    return {**kept, **{name: dimension for dimension, names in own.items() for name in words(names)}}
 
 
 def _strings(table: dict[str, object]) -> dict[str, str]:

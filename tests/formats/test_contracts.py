@@ -12,6 +12,7 @@ from ckptconv.formats.mcore import Mcore
 from ckptconv.mapping_files import mapping_paths
 from ckptconv.registry import BUILT_IN, formats
 from ckptconv.testing import FormatContract, MappingContract
+from ckptconv.testing.mapping_contract import SHAPES
 
 
 class TestHf(FormatContract):
@@ -42,7 +43,11 @@ class TestLegacy(FormatContract):
     options = ({}, {"iteration": "release"})
 
 
+ALIKE = tuple(name for name in SHAPES if name != "moe-some-layers")
 MAPPINGS: dict[str, dict[str, Any]] = {
+    "mcore-dist": {"layouts": ("whole", "tp2"), "refuses": ("tp2",)},
+    "mcore-dist-singleton": {"layouts": ("whole", "pp2-vpp2"), "refuses": ("pp2-vpp2",)},
+    "mcore-dist-stacked": {"shapes": ALIKE, "layouts": ("whole", "tp2-ep2"), "refuses": ("tp2-ep2",)},
     "mcore-local": {"layouts": ("whole", "tp2", "tp4-ep2-etp1")},  # the cuts are mcore's
     "megatron-legacy": {
         "shapes": ("dense", "tied", "qkv-bias", "biases", "layernorm"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,15 +14,15 @@ from ckptconv.bind import bind
 from ckptconv.canonicalize import canonicalize
 from ckptconv.checkpoint import Checkpoint, Key, Origin, Stored, Target
 from ckptconv.config import ModelConfig
-from ckptconv.dialect import detect, variants
+from ckptconv.dialect import detect, fits, variants
 from ckptconv.dtypes import BF16
-from ckptconv.errors import CoverageError, TopologyError
+from ckptconv.errors import CoverageError, MappingError, TopologyError
 from ckptconv.leaves import contiguous
 from ckptconv.localize import localize
 from ckptconv.mapping_files import load_mapping, mapping_paths
 from ckptconv.source import Source
 from ckptconv.tensor import Tensor
-from ckptconv.topology import Topology, even, with_stages
+from ckptconv.topology import Rank, Topology, even, with_stages
 
 DENSE = ModelConfig(
     family="hf-llama", layers=4, hidden=32, heads=8, kv_heads=4, head_dim=6, ffn=48, vocab_rows=64, vocab=61, max_positions=16
@@ -66,6 +67,8 @@ def stored(checkpoint: Checkpoint, mapping: str, variant: frozenset[str], topolo
 
 def refused(mapping: str, shape: str, topology: str) -> bool:
     """What a dialect has no place for, or cannot cut."""
+    if mapping == "mcore-dist-stacked":
+        return shape == "mixed"
     if mapping == "megatron-legacy":
         return shape in ("moe", "mixed", "qk_norm") or topology == "tp8"
     if mapping.startswith("hf-"):
@@ -82,7 +85,7 @@ def cases() -> Iterator[object]:
     for mapping in mapping_paths():
         for variant in variants(load_mapping(mapping)):
             for shape in SHAPES:
-                for topology in ("whole",) if mapping.startswith("hf-") else UNUSUAL:
+                for topology in UNUSUAL if load_mapping(mapping).cut else ("whole",):
                     name = "-".join([mapping, *sorted(variant), shape, topology])
                     yield pytest.param(mapping, variant, shape, topology, id=name)
 
@@ -93,7 +96,7 @@ def test_export_then_import_gives_the_same_leaves(
 ) -> None:
     checkpoint = atoms(SHAPES[shape], mapping)
     if refused(mapping, shape, topology):
-        with pytest.raises((CoverageError, TopologyError)):
+        with pytest.raises((CoverageError, TopologyError, MappingError)):
             stored(checkpoint, mapping, variant, TOPOLOGIES[topology])
         return
     there = stored(checkpoint, mapping, variant, TOPOLOGIES[topology])
@@ -119,6 +122,51 @@ def test_dialect_and_expert_form_are_told_by_the_names(mapping: str, shape: str,
         candidates = [load_mapping("mcore"), load_mapping("mcore-local")]
         found = detect(candidates, there.config, there.topology, there.ranks)
         assert found == (load_mapping(mapping), variant)
+
+
+DISTRIBUTED = ("mcore-dist-stacked", "mcore-dist", "mcore-dist-singleton")
+
+
+@pytest.mark.parametrize("mapping", DISTRIBUTED)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_distributed_layouts_are_told_by_names_and_shapes(mapping: str, shape: str) -> None:
+    """In any order of the candidates; without gates and experts, singleton is the same as separate."""
+    config, whole = SHAPES[shape], even(4)
+    for variant in variants(load_mapping(mapping)):
+        if fits(load_mapping(mapping), variant, config, whole):
+            assert (mapping, shape) == ("mcore-dist-stacked", "mixed")
+            continue
+        there = stored(atoms(config, mapping), mapping, variant, whole)
+        for names in itertools.permutations(DISTRIBUTED):
+            candidates = [m for n in names if not fits(m := load_mapping(n), variant, config, whole)]
+            found, form = detect(candidates, config, whole, there.ranks)
+            assert found.name == mapping or shape == "layernorm"
+            assert stored(atoms(config, mapping), found.name, form, whole).ranks == there.ranks
+
+
+@pytest.mark.parametrize("variant", ["norm_apart", "norm_in_fc1"])
+def test_layers_of_two_kinds_cannot_share_a_tensor(variant: str) -> None:
+    with pytest.raises(
+        MappingError, match=r"one axis for all 4 layers, but only 2 of them are \w+: .*--saver.layers separate"
+    ):
+        stored(atoms(SHAPES["mixed"], "mcore-dist"), "mcore-dist-stacked", frozenset({variant}), even(4))
+
+
+@pytest.mark.parametrize("mapping", [*DISTRIBUTED, "hf-llama"])
+@pytest.mark.parametrize("topology", [t for t in TOPOLOGIES if t != "whole"])
+def test_whole_tensors_are_not_laid_out_over_ranks(mapping: str, topology: str) -> None:
+    with pytest.raises(TopologyError, match="holds whole tensors"):
+        stored(atoms(SHAPES["dense"], mapping), mapping, frozenset(), TOPOLOGIES[topology])
+
+
+def test_members_of_a_stack_are_the_atoms_in_order() -> None:
+    """The layer is the outermost axis, then the expert, then gate before up."""
+    config = SHAPES["moe"]
+    table = bind(load_mapping("mcore-dist-stacked"), frozenset({"norm_apart"}), config, even(4), Rank())
+    row = next(b for b in table if b.stored.endswith("experts.experts.linear_fc1.weight"))
+    assert row.shape == (4, 4, 80, 32)
+    halves = itertools.product(range(4), range(4), ("gate", "up"))
+    assert row.atoms == [f"layers.{layer}.moe.{e}.{half}.weight" for layer, e, half in halves]
 
 
 @pytest.mark.parametrize("topology", [t for t in TOPOLOGIES if t not in ("tp8",)])

@@ -15,8 +15,9 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptconv.coding import Decoded
 from ckptconv.errors import FormatError
-from ckptconv.source import LocalFile, Opened, Source
+from ckptconv.source import LocalFile, Opened, Origin, Source
 from ckptconv.values import NO_LOSS, UINT, Array, Chain, Loss, ValueFn, constant
 
 __all__ = ["Bytes", "Loss", "Move", "Reader", "Span", "ValueFn", "clip", "clipped", "make"]
@@ -160,21 +161,21 @@ def clipped(moves: Sequence[Move], lo: int, hi: int) -> list[Move]:
 class Span(NamedTuple):
     """Bytes start..stop of a file."""
 
-    path: str
+    origin: Origin
     start: int
     stop: int
 
     def covers(self, other: Span) -> bool:
-        return self.path == other.path and self.start <= other.start and other.stop <= self.stop
+        return self.origin == other.origin and self.start <= other.start and other.stop <= self.stop
 
 
-NOWHERE = Span("", 0, 0)
+NOWHERE = Span(Origin(""), 0, 0)
 
 
 class _Run(NamedTuple):
     """A read straight into the destination: `at` bytes into the caller's buffer."""
 
-    path: str
+    origin: Origin
     offset: int
     at: int
     nbytes: int
@@ -185,7 +186,7 @@ class Reader:
 
     def __init__(self, scratch: int = SCRATCH, opener: Callable[[str], Opened] = LocalFile) -> None:
         self._opener = opener
-        self._open: OrderedDict[str, Opened] = OrderedDict()
+        self._open: OrderedDict[Origin, Opened] = OrderedDict()
         self._junk = memoryview(bytearray(GAP))
         self._chain = Chain()
         self._resize(scratch)
@@ -222,7 +223,7 @@ class Reader:
             elif move.fns or not move.is_runs or (len(move.shape) > 1 and move.shape[-1] < RUN):
                 loss = loss.plus(self._gather(move, out, to, window))
             else:
-                runs += _straight_runs(move, move.source.path, to)
+                runs += _straight_runs(move, move.source.origin, to)
         self._read_runs(runs, out.data)
         return loss
 
@@ -231,20 +232,20 @@ class Reader:
         self._memory = self._scratch.data
         self._held = NOWHERE
 
-    def _read(self, path: str, buffers: list[memoryview], offset: int, want: int) -> None:
+    def _read(self, origin: Origin, buffers: list[memoryview], offset: int, want: int) -> None:
         """Fill the buffers, however many reads that takes."""
-        source = self._source(path)
+        source = self._source(origin)
         while True:
             try:
                 n = source.read_into(offset, buffers)
             except OSError as error:
-                error.filename = path
+                error.filename = origin.path
                 raise
             if n >= want:
                 return
             if n == 0:
                 raise FormatError(
-                    path, f"nothing at byte {offset}, {want} more are expected there; is the file truncated?"
+                    origin.path, f"nothing at byte {offset}, {want} more are expected there; is the file truncated?"
                 )
             offset, want = offset + n, want - n
             while n >= len(buffers[0]):
@@ -252,14 +253,18 @@ class Reader:
                 buffers = buffers[1:]
             buffers = [buffers[0][n:], *buffers[1:]]
 
-    def _source(self, path: str) -> Opened:
-        found = self._open.get(path)
+    def _source(self, origin: Origin) -> Opened:
+        found = self._open.get(origin)
         if found is not None:
-            self._open.move_to_end(path)
+            self._open.move_to_end(origin)
             return found
         if len(self._open) >= OPEN_SOURCES:
             self._open.popitem(last=False)[1].close()
-        found = self._open[path] = self._opener(path)
+        if origin.coding:  # each holds what it decoded in memory: there is one at a time
+            for other in [o for o in self._open if o.coding]:
+                self._open.pop(other).close()
+        found = self._opener(origin.path)
+        self._open[origin] = found = Decoded(found, origin) if origin.coding else found
         return found
 
     def _read_runs(self, runs: list[_Run], out: memoryview) -> None:
@@ -267,17 +272,20 @@ class Reader:
         runs.sort()
         k = 0
         while k < len(runs):
-            path, start, at, n = runs[k]
+            origin, start, at, n = runs[k]
             buffers, end, k = [out[at : at + n]], start + n, k + 1
             while (
-                k < len(runs) and runs[k].path == path and 0 <= runs[k].offset - end <= GAP and len(buffers) < VECTORS
+                k < len(runs)
+                and runs[k].origin == origin
+                and 0 <= runs[k].offset - end <= GAP
+                and len(buffers) < VECTORS
             ):
                 _, offset, at, n = runs[k]
                 if offset > end:
                     buffers.append(self._junk[: offset - end])
                 buffers.append(out[at : at + n])
                 end, k = offset + n, k + 1
-            self._read(path, buffers, start, end - start)
+            self._read(origin, buffers, start, end - start)
 
     def _gather(self, move: Move, out: Bytes, to: int, window: Span | None) -> Loss:
         """Covering span into scratch, then one strided copy; a span already held (by a sibling) is not read again."""
@@ -292,7 +300,7 @@ class Reader:
                 load = window if window is not None and window.covers(want) else want
                 self._held = NOWHERE  # should the read fail, nothing is held
                 size = load.stop - load.start
-                self._read(load.path, [self._memory[:size]], load.start, size)
+                self._read(load.origin, [self._memory[:size]], load.start, size)
                 self._held = load
             loss = loss.plus(self._put(part, self._scratch, self._held.start, out, to))
         return loss
@@ -325,7 +333,7 @@ class Reader:
         order = outer[::-1]
         for index in product(*(range(move.shape[i]) for i in order)):
             offset = move.offset + sum(k * move.strides[i] for k, i in zip(index, order, strict=True))
-            self._read(move.source.path, [self._memory[at : at + run]], offset, run)
+            self._read(move.source.origin, [self._memory[at : at + run]], offset, run)
             at += run
         return self._put(move._replace(offset=0, strides=tuple(strides)), self._scratch, 0, out, to)
 
@@ -350,19 +358,19 @@ class Reader:
 
 def _span(move: Move) -> Span:
     assert move.source is not None
-    return Span(move.source.path, move.offset, move.offset + move.span)
+    return Span(move.source.origin, move.offset, move.offset + move.span)
 
 
-def _straight_runs(move: Move, path: str, to: int) -> Iterator[_Run]:
+def _straight_runs(move: Move, origin: Origin, to: int) -> Iterator[_Run]:
     """The byte runs of a move whose last axis is one."""
     at, n = move.out - to, move.shape[-1]
     if len(move.shape) == 1:
-        yield _Run(path, move.offset, at, n)
+        yield _Run(origin, move.offset, at, n)
         return
     for index in product(*map(range, move.shape[:-1])):
         offset = sum(i * s for i, s in zip(index, move.strides, strict=False))
         yield _Run(
-            path, move.offset + offset, at + sum(i * s for i, s in zip(index, move.out_strides, strict=False)), n
+            origin, move.offset + offset, at + sum(i * s for i, s in zip(index, move.out_strides, strict=False)), n
         )
 
 

@@ -6,16 +6,28 @@ import os
 from typing import NamedTuple, Protocol
 
 
+class Origin(NamedTuple):
+    """A file and, where its bytes are compressed, what decodes them (see `coding.py`); offsets count decoded bytes."""
+
+    path: str
+    coding: str = ""
+
+
 class Source(NamedTuple):
-    """A byte range of a file: a whole file, a safetensors body, a record of a zip, a member of a tar."""
+    """A byte range of a file: a whole file, a safetensors body, a record of a zip, a member of a tar, a decoded chunk."""
 
     path: str
     offset: int
     nbytes: int
+    coding: str = ""
+
+    @property
+    def origin(self) -> Origin:
+        return Origin(self.path, self.coding)
 
     def inside(self, offset: int, nbytes: int) -> Source:
         """The range at `offset` of this one (the caller has checked that it lies within)."""
-        return Source(self.path, self.offset + offset, nbytes)
+        return self._replace(offset=self.offset + offset, nbytes=nbytes)
 
 
 class Identity(NamedTuple):

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up. A module may import modules of earlier lines, and its own package; nothing else.
 LAYERS = """
 errors source dtypes shapes collecting
+coding
 sizes values
 moves
 tensor
@@ -44,7 +45,7 @@ __main__
 LEVEL = {name: number for number, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 CORE = {"numpy", "ml_dtypes", "xxhash", "yaml"}
 FACE = {"click", "tqdm"}
-EXTRAS = {"isal": "crc", "tensorstore": "containers", "huggingface_hub": "formats", "tokenizers": "formats"}
+EXTRAS = {"isal": "crc", "tensorstore": "coding", "huggingface_hub": "formats", "tokenizers": "formats"}
 HEAVY = {"torch", "transformers", "safetensors", "pytest", "hypothesis"}
 MAY_BE_HEAVY = ("torch_bridge", "testing", "logits", "trainer")
 LONGEST_FILE, LONGEST_FUNCTION = 400, 40

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import xxhash
 
 from ckptconv.errors import FormatError, PlanError
+from ckptconv.nodes import View
 from ckptconv.plan import File, Late, Plan
-from ckptconv.source import Identity, identity
+from ckptconv.source import Identity, Source, identity
 from ckptconv.tensor import Tensor
 
 MANIFEST = "ckptconv.json"
@@ -51,9 +52,10 @@ class _Numbers:
         self.ends: dict[str, int] = {}
         self._numbers: dict[str, int] = {}
 
-    def of(self, path: str, end: int) -> int:
-        self.ends[path] = max(end, self.ends.get(path, 0))
-        return self._numbers.setdefault(path, len(self._numbers))
+    def of(self, source: Source, end: int) -> int:
+        """`end` says how long the file must be, if its bytes are read as they are."""
+        self.ends[source.path] = max(0 if source.coding else end, self.ends.get(source.path, 0))
+        return self._numbers.setdefault(source.path, len(self._numbers))
 
     def checked(self, path: str) -> Identity:
         """The file's identity; an error if it is shorter than what will be read of it."""
@@ -69,10 +71,15 @@ def _recipe(body: Tensor | bytes | Late, numbers: _Numbers) -> Any:
         return body
     if isinstance(body, Late):
         return body.template, body.crcs
+    if isinstance(body, View):  # most are; no need to work out how it is read
+        number = numbers.of(body.source, body.source.offset + body.source.nbytes)
+        return body.dtype.name, number, body.source.coding, body.source.offset + body.offset, body.shape, body.strides
     moves = []
     for move in body.lower():
-        number = -1 if move.source is None else numbers.of(move.source.path, move.offset + move.span)
-        moves.append((number, *move[1:-1], *map(repr, move.fns)))
+        number, coding = -1, ""
+        if move.source is not None:
+            number, coding = numbers.of(move.source, move.offset + move.span), move.source.coding
+        moves.append((number, coding, *move[1:-1], *map(repr, move.fns)))
     return body.dtype.name, tuple(moves)
 
 

@@ -233,11 +233,11 @@ class Worker:
     def _window(self, cuts: list[list[Move]]) -> Span | None:
         """The span of the one source that covers what all members need now, if it fits."""
         needed = [move for cut in cuts for move in cut if move.source is not None]
-        paths = {move.source.path for move in needed if move.source is not None}
-        if len(paths) != 1:
+        origins = {move.source.origin for move in needed if move.source is not None}
+        if len(origins) != 1:
             return None
         start, stop = min(move.offset for move in needed), max(move.offset + move.span for move in needed)
-        return Span(paths.pop(), start, stop) if stop - start <= self._reader.capacity else None
+        return Span(origins.pop(), start, stop) if stop - start <= self._reader.capacity else None
 
     def _compare(self, unit: Compare) -> None:
         check = self._plan.checks[unit.check]

@@ -20,7 +20,7 @@ from ckptconv.errors import FormatError
 from ckptconv.leaves import contiguous, full, view
 from ckptconv.moves import Reader, Span, clip, make
 from ckptconv.nodes import concat
-from ckptconv.source import LocalFile, Source
+from ckptconv.source import LocalFile, Origin, Source
 from ckptconv.tensor import Tensor
 from ckptconv.values import Cast, Loss
 
@@ -157,7 +157,7 @@ def test_fill_siblings_share_a_window(path: str) -> None:
         for rank in range(4):
             part = tensor.narrow(1, 16 * rank, 16 * rank + 16)
             out = np.zeros(part.nbytes, np.uint8)
-            reader.fill(part.lower(), out, 0, Span(path, 3, 3 + 64 * 64 * 2))
+            reader.fill(part.lower(), out, 0, Span(Origin(path), 3, 3 + 64 * 64 * 2))
             np.testing.assert_array_equal(out.view(np.uint16).reshape(64, 16), array[:, 16 * rank : 16 * rank + 16])
     assert read == [64 * 64 * 2]
 

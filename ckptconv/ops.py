@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ckptconv.nodes import concat
+from ckptconv import nodes
 from ckptconv.tensor import Shape, Tensor
 
 
@@ -44,8 +44,8 @@ class Concat:
     def forward(self, tensors: Sequence[Tensor]) -> Tensor:
         a, g = self.axis, self.groups
         if g == 1:
-            return concat(tensors, a)
-        return concat([t.unfold(a, g, t.shape[a] // g) for t in tensors], a + 1).fold(a)
+            return nodes.concat(tensors, a)
+        return nodes.concat([t.unfold(a, g, t.shape[a] // g) for t in tensors], a + 1).fold(a)
 
     def inverse(self, whole: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
         a, g = self.axis, self.groups
@@ -71,10 +71,17 @@ class Stack:
         return (*shapes[0][: self.axis], len(shapes), *shapes[0][self.axis :])
 
     def forward(self, tensors: Sequence[Tensor]) -> Tensor:
-        return concat([t.unsqueeze(self.axis) for t in tensors], self.axis)
+        return nodes.concat([t.unsqueeze(self.axis) for t in tensors], self.axis)
 
     def inverse(self, whole: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
-        return [whole.narrow(self.axis, i, i + 1).squeeze(self.axis) for i in range(len(shapes))]
+        return _members(whole, self.axis)
+
+
+def _members(whole: Tensor, axis: int) -> list[Tensor]:
+    """Every entry along an axis. Parts are walked once: narrowing to each entry in turn would look for it among all of them."""
+    if isinstance(whole, nodes.Concat) and whole.axis == axis:
+        return [member for part in whole.parts for member in _members(part, axis)]
+    return [whole.narrow(axis, i, i + 1).squeeze(axis) for i in range(whole.shape[axis])]
 
 
 @dataclass(frozen=True, slots=True)

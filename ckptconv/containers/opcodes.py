@@ -222,10 +222,6 @@ def _dup(u: Unpickler) -> None:
     u.stack.append(u.stack[-1])
 
 
-def _memoize(u: Unpickler) -> None:
-    u.memo[len(u.memo)] = u.stack[-1]
-
-
 def _persistent_id(u: Unpickler) -> None:
     u.stack.append(u.persistent(u.stack.pop()))
 
@@ -247,7 +243,7 @@ def _table() -> tuple[Op, ...]:
         "T": _string(4), "U": _string(1), 0x85: _tuple1, 0x86: _tuple2, 0x87: _tuple3, "t": _from_mark(tuple),
         "l": _from_mark(list), "d": _dict, 0x91: _frozen, "s": _setitem, "u": _setitems, "a": _append, "e": _appends,
         0x90: _additems, "c": _global, 0x93: _stack_global, "R": _reduce, 0x81: _newobj, 0x92: _newobj_ex, "b": _build,
-        "Q": _persistent_id, 0x94: _memoize,
+        "Q": _persistent_id,
     }  # fmt: skip
     by_code = {ord(code) if isinstance(code, str) else code: op for code, op in known.items()}
     return tuple(by_code.get(code) or _refused(code) for code in range(256))

@@ -120,6 +120,22 @@ class Opaque:
         return f"<{self.module}.{self.name}({', '.join(map(short_repr, self.args))}){more}>"
 
 
+class Known:
+    """An object of a class that the caller knows, with its state as pickled.
+
+    It is told apart by identity, so it may be the key of a dict whatever its state. The limits on a finished object stop
+    before it: whoever knows the class looks at its state, one level at a time.
+    """
+
+    __slots__ = ("cls", "state")
+
+    def __init__(self, cls: Global, state: object = None) -> None:
+        self.cls, self.state = cls, state
+
+    def __repr__(self) -> str:
+        return f"<{self.cls}>"
+
+
 def bytes_io(data: bytes) -> Opaque:
     """An io.BytesIO at its end, as torch.save leaves it (TransformerEngine's `_extra_state`)."""
     return Opaque("_io", "BytesIO", state=(data, len(data), None), new=True)
@@ -177,7 +193,7 @@ _SCALARS = frozenset((str, float, bool, bytes, type(None), TorchDType, Global))
 def key(value: object, depth: int = 2) -> object:
     """The value, if it may be the key of a dict: hashed at bounded cost, and not crafted to collide."""
     kind = type(value)
-    if kind in _SCALARS or (kind is int and -(1 << 63) <= value < 1 << 64):  # type: ignore[operator]
+    if kind in _SCALARS or kind is Known or (kind is int and -(1 << 63) <= value < 1 << 64):  # type: ignore[operator]
         return value
     inner = value.args if isinstance(value, Opaque) and _seal(value) else value
     if depth and isinstance(inner, (tuple, frozenset)) and len(inner) <= MAX_KEY:

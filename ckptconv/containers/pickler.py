@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from ckptconv.containers.pickled import (
     MAX_DEPTH,
     Global,
+    Known,
     Namespace,
     Opaque,
     Ordered,
@@ -198,6 +199,14 @@ class Pickler:
             self.save(value.state, path)
             self.out.append(_BUILD)
 
+    def _known(self, value: Known, path: str) -> None:
+        self._checked_global(value.cls.module, value.cls.name, path)
+        self.out.append(b")" + _NEWOBJ)
+        self._shared(value)
+        if value.state is not None:
+            self.save(value.state, path)
+            self.out.append(_BUILD)
+
     def _torch_dtype(self, value: TorchDType, path: str) -> None:
         self.global_(Global("torch", value.name))
 
@@ -307,6 +316,6 @@ _SAVERS: dict[type, Callable[..., None]] = {
     type(None): Pickler._none, bool: Pickler._bool, int: Pickler._int, float: Pickler._float, str: Pickler._str,
     bytes: Pickler._bytes, bytearray: Pickler._bytearray, tuple: Pickler._tuple, list: Pickler._list,
     dict: Pickler._dict, Ordered: Pickler._ordered, set: Pickler._set, frozenset: Pickler._set,
-    Namespace: Pickler._namespace, Opaque: Pickler._opaque, TorchDType: Pickler._torch_dtype,
+    Namespace: Pickler._namespace, Opaque: Pickler._opaque, Known: Pickler._known, TorchDType: Pickler._torch_dtype,
     Global: Pickler._named, Storage: Pickler._storage,
 }  # fmt: skip

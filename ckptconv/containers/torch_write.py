@@ -8,12 +8,11 @@ from collections.abc import Collection, Mapping
 from pathlib import PurePath
 
 from ckptconv.containers.pickler import Pickler
-from ckptconv.containers.zipdir import CENTRAL, END, END64, LOCAL, LOCATOR, MAX16, MAX32, UTF8
+from ckptconv.containers.zipdir import CENTRAL, CENTRAL_CRC, END, END64, LOCAL, LOCAL_CRC, LOCATOR, MAX16, MAX32, UTF8
 from ckptconv.plan import File, Late, Segment
 from ckptconv.tensor import Tensor
 
 ALIGNMENT = 64  # of every record, so that torch can map them; what torch itself uses
-LOCAL_CRC, CENTRAL_CRC = 14, 16  # where the CRC32 stands in the two kinds of header
 DATE = 0x21  # 1 January 1980: the same input gives the same bytes
 FIXED = ((".format_version", b"1"), (".storage_alignment", b"%d" % ALIGNMENT), ("byteorder", b"little"))
 VERSION = ("version", b"3\n")

@@ -18,6 +18,7 @@ from ckptconv.containers.pickled import (
     MAX_EXPANDED,
     TORCH_DTYPES,
     Global,
+    Known,
     Namespace,
     Opaque,
     Ordered,
@@ -28,7 +29,7 @@ from ckptconv.containers.pickled import (
 from ckptconv.containers.plain_calls import PLAIN_CALLS, Call
 from ckptconv.errors import FormatError
 
-PROTO, BININT1, BINPUT, LONG_BINPUT, BINGET, LONG_BINGET = 0x80, *b"Kqrhj"
+PROTO, MEMOIZE, BININT1, BINPUT, LONG_BINPUT, BINGET, LONG_BINGET = 0x80, 0x94, *b"Kqrhj"
 PADDING = b"\0" * 8
 _DAMAGE = (ValueError, TypeError, LookupError, OverflowError, RecursionError, struct.error)
 
@@ -98,6 +99,9 @@ class Unpickler:
             elif code == LONG_BINGET:
                 stack.append(memo[int.from_bytes(data[pos + 1 : pos + 5], "little")])
                 pos += 5
+            elif code == MEMOIZE:
+                memo[len(memo)] = stack[-1]
+                pos += 1
             elif code == BININT1:
                 stack.append(data[pos + 1])
                 pos += 2
@@ -182,6 +186,10 @@ class Unpickler:
             if target.state is not None:
                 raise ValueError(f"sets the state of a {target.module}.{target.name} twice")
             self.open(target).state = state
+        elif isinstance(target, Known):
+            if target.state is not None:
+                raise ValueError(f"sets the state of a {target.cls} twice")
+            target.state = state
         elif (
             isinstance(target, (Namespace, Ordered)) and isinstance(state, dict) and all(type(k) is str for k in state)
         ):

@@ -18,6 +18,7 @@ from ckptconv.source import Source
 LOCAL, CENTRAL, END = struct.Struct("<4s5H3I2H"), struct.Struct("<4s6H3I5H2I"), struct.Struct("<4s4H2IH")
 END64, LOCATOR = struct.Struct("<4sQ2H2I4Q"), struct.Struct("<4sIQI")
 DESCRIPTOR, DESCRIPTOR64 = struct.Struct("<4s3I"), struct.Struct("<4sI2Q")
+LOCAL_CRC, CENTRAL_CRC, DESCRIPTOR_CRC = 14, 16, 4  # where the CRC32 stands in each
 MAX16, MAX32 = 0xFFFF, 0xFFFFFFFF
 HAS_DESCRIPTOR, UTF8 = 0x0008, 0x0800
 _NOT_PLAIN = re.compile(r"//|/\.{1,2}/")
@@ -27,11 +28,14 @@ CHUNK = 1 << 20
 
 
 class Record(NamedTuple):
-    """A stored member: its name, the byte range of its data, and the CRC32 the directory gives for it."""
+    """A stored member: its name, the byte range of its data, the CRC32 the directory gives for it, and where that stands."""
 
     name: str
     source: Source
     crc: int
+    crc_at: tuple[
+        int, ...
+    ]  # offsets in the archive: in the local header or the descriptor or both, and in the directory
 
 
 class _Entry(NamedTuple):
@@ -43,6 +47,7 @@ class _Entry(NamedTuple):
     crc: int
     size: int
     header: int
+    row: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +101,10 @@ def open_archive(reader: HeaderReader) -> Archive:
         names.add(entry.name)
         if entry.header != at:
             raise FormatError(f"{where}!{entry.name}", f"begins at {entry.header}, the record before it ends at {at}")
-        begin = _check_local(reader, entry, after)
+        begin, told = _check_local(reader, entry, after)
         if not entry.name.endswith("/"):
-            records[entry.name] = Record(entry.name, source.inside(begin, entry.size), entry.crc)
+            crc_at = (*told, start + entry.row + CENTRAL_CRC)
+            records[entry.name] = Record(entry.name, source.inside(begin, entry.size), entry.crc, crc_at)
         at = after
     checksums = any(r.crc for r in records.values())
     return Archive(where, source, records, checksums)
@@ -175,7 +181,7 @@ def _entry(data: bytes, at: int, where: str) -> tuple[_Entry, int]:
         size, packed, header = _wide(extra, (size, packed, header), f"{where}!{name}")
     if packed != size or disk or (name.endswith("/") and size):
         raise FormatError(f"{where}!{name}", f"is stored, yet takes {packed} bytes for {size}")
-    return _Entry(raw, name, flags, crc, size, header), end
+    return _Entry(raw, name, flags, crc, size, header, at), end
 
 
 def _name(raw: bytes, flags: int, where: str) -> str:
@@ -213,8 +219,8 @@ def _extra(extra: bytes, where: str) -> bytes | None:
     return None
 
 
-def _check_local(reader: HeaderReader, entry: _Entry, after: int) -> int:
-    """Hold the local header (and descriptor) against the directory; return where the data begins."""
+def _check_local(reader: HeaderReader, entry: _Entry, after: int) -> tuple[int, list[int]]:
+    """Hold the local header (and descriptor) against the directory; where the data begins, and where its CRC32 stands."""
     where = f"{reader.where}!{entry.name}"
     head = reader.read(entry.header, LOCAL.size + len(entry.raw), "its local header")
     magic, _, flags, method, _, _, crc, packed, size, name_len, extra_len = LOCAL.unpack_from(head)
@@ -230,12 +236,14 @@ def _check_local(reader: HeaderReader, entry: _Entry, after: int) -> int:
         raise FormatError(where, "its local header and the directory contradict each other (sizes or CRC32)")
     begin: int = entry.header + len(head) + extra_len
     end = begin + entry.size
+    crc_at = [entry.header + LOCAL_CRC] if crc else []
     if late:
+        crc_at.append(end + DESCRIPTOR_CRC)
         end += _check_descriptor(reader, entry, end, after)
     if end != after:
         kind = "overlaps the next one" if end > after else "leaves bytes that belong to no record"
         raise FormatError(where, f"{kind}: it ends at {end}, the next begins at {after}")
-    return begin
+    return begin, crc_at
 
 
 def _check_descriptor(reader: HeaderReader, entry: _Entry, at: int, after: int) -> int:

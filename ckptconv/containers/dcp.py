@@ -1,0 +1,225 @@
+"""Reading a torch distributed checkpoint: a folder of `.metadata` and .distcp files, as Megatron-Core and torch write it.
+
+`read` opens `.metadata` alone and holds it against the sizes of the files; `tensors` and `value` then open blobs.
+Byte layout: docs/formats/torch_dist.md.
+"""
+
+from __future__ import annotations
+
+import math
+import stat
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+from ckptconv.assemble import Box, assemble
+from ckptconv.collecting import no_collecting
+from ckptconv.containers import dcp_blobs, dcp_tiling, torch_file
+from ckptconv.containers.dcp_metadata import MAX_SIZE, NAME, Metadata, Piece, Place, Told, read_metadata
+from ckptconv.dtypes import BY_TORCH, DType
+from ckptconv.errors import FormatError
+from ckptconv.leaves import full
+from ckptconv.source import Source
+from ckptconv.tensor import Shape, Tensor
+
+MAX_LISTED = 1000
+SUFFIX = ".distcp"
+
+Item = Source  # the bytes of one blob: what torch.save wrote
+
+
+class Chunk(NamedTuple):
+    """A box of a tensor, and the blob that holds it."""
+
+    offset: Shape
+    shape: Shape
+    item: Item
+
+
+class Entry(NamedTuple):
+    """A tensor; its chunks, by offset, tile it."""
+
+    dtype: DType
+    shape: Shape
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Dcp:
+    """What a folder holds. Nothing in it contradicts `.metadata`, as far as can be told without opening a blob.
+
+    `reformulated`: the shapes that tensors had before Megatron-Core (up to 0.15) flattened them; such a tensor's entry
+    has one more axis. `unused`: bytes of .distcp files that `.metadata` does not speak of.
+    """
+
+    folder: Path
+    tensors: dict[str, Entry]
+    objects: dict[str, Item]
+    reformulated: dict[str, Shape]
+    unused: tuple[Source, ...]
+
+
+def read(folder: Path) -> Dcp:
+    """The checkpoint in a folder. All that is wrong with it is listed in one error."""
+    path = folder / NAME
+    if not path.exists():
+        raise FormatError(path, "is missing: not a torch distributed checkpoint, or one whose save did not finish")
+    with no_collecting():
+        told = read_metadata(path)
+        sizes, ranges = _sizes(folder, told), _ranges(told)
+        known = told.tensors.keys() | set(told.objects)
+        problems = list(told.problems)
+        problems += _wrong_ranges(sizes, ranges)
+        problems += [f"{key}: has bytes stored, but is not described" for key in told.places if key not in known]
+        objects = {key: item for key in told.objects if (item := _object(folder, told, key, problems))}
+        tensors = {
+            key: entry for key, value in told.tensors.items() if (entry := _entry(folder, told, key, value, problems))
+        }
+    fail(path, problems)
+    return Dcp(folder, tensors, objects, told.reformulated, tuple(_unused(folder, sizes, ranges)))
+
+
+def tensors(dcp: Dcp, keys: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Lazy tensors by key, all or those named. The headers of their blobs are read and checked, the data is not."""
+    entries = {key: dcp.tensors[key] for key in (dcp.tensors if keys is None else keys)}
+    wanted = (
+        dcp_blobs.Blob(chunk.item, entry.dtype, chunk.shape, key)
+        for key, entry in entries.items()
+        for chunk in entry.chunks
+    )
+    problems: list[str] = []
+    with no_collecting():
+        found = dcp_blobs.tensors(wanted, problems)
+        fail(dcp.folder, problems)
+        return {key: _assembled(entry, found) for key, entry in entries.items()}
+
+
+def value(item: Item) -> object:
+    """The object in a blob, just as it was given to torch.save: Megatron-Core wraps each in a list of one."""
+    return torch_file.read(item, where=dcp_blobs.where_is(item))
+
+
+def fail(where: Path, problems: list[str]) -> None:
+    """Raise one error that lists them all, if there are any."""
+    if len(problems) == 1:
+        raise FormatError(where, problems[0])
+    if problems:
+        more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+        listed = "\n  ".join([*problems[:MAX_LISTED], *more])
+        raise FormatError(where, f"{len(problems)} things are wrong:\n  {listed}")
+
+
+def _assembled(entry: Entry, found: dict[Source, Tensor]) -> Tensor:
+    if not entry.chunks:
+        return full(entry.shape, entry.dtype, 0)
+    return assemble(entry.shape, [(chunk.offset, found[chunk.item]) for chunk in entry.chunks])
+
+
+def _object(folder: Path, told: Metadata, key: str, problems: list[str]) -> Item | None:
+    places = told.places.get(key, [])
+    if len(places) == 1 and places[0].offset is None:
+        return _item(folder, places[0])
+    found = f"in {len(places)} places" if len(places) > 1 else "as a chunk of a tensor" if places else "nowhere"
+    problems.append(f"{key}: is an object, yet stored {found}")
+    return None
+
+
+def _entry(folder: Path, told: Metadata, key: str, value: Told, problems: list[str]) -> Entry | None:
+    """A tensor, its pieces held against its shape and matched with their places."""
+    dtype = BY_TORCH.get(value.dtype)
+    wrong = [] if dtype else [f"is of type torch.{value.dtype}, which is not supported"]
+    if math.prod(value.shape) > MAX_SIZE // 8:
+        wrong.append(f"has shape {value.shape}, which overflows")
+    pieces = sorted(value.pieces)
+    wrong += dcp_tiling.problems(value.shape, [_box(p) for p in pieces])
+    places = sorted(told.places.get(key, []), key=lambda p: (p.offset is not None, p.offset or ()))
+    wrong += _unmatched([p.offset for p in pieces], [p.offset for p in places])
+    problems += [f"{key}: {problem}" for problem in wrong]
+    if wrong or dtype is None:
+        return None
+    matched = zip(pieces, places, strict=True)
+    return Entry(dtype, value.shape, tuple(Chunk(*piece, _item(folder, place)) for piece, place in matched))
+
+
+def _unmatched(described: Sequence[Shape], stored: Sequence[Shape | None]) -> list[str]:
+    """Chunks without bytes and bytes without chunk, both lists being sorted (no hashing: offsets may be crafted)."""
+    if described == stored:
+        return []
+    wrong, left = [], list(reversed(stored))
+    for offset in described:
+        while left and (left[-1] is None or left[-1] < offset):
+            wrong.append(f"has bytes at offset {_offset(left.pop())}, where no chunk is described")
+        if left and left[-1] == offset:
+            left.pop()
+        else:
+            wrong.append(f"has no bytes for its chunk at offset {_offset(offset)}")
+    return wrong + [f"has bytes at offset {_offset(o)}, where no chunk is described" for o in reversed(left)]
+
+
+def _offset(offset: Shape | None) -> str:
+    return "none (as an object)" if offset is None else str(list(offset))
+
+
+def _box(piece: Piece) -> Box:
+    return tuple((o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
+
+
+def _item(folder: Path, place: Place) -> Item:
+    return Source(str(folder / place.file), place.start, place.nbytes)
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def _sizes(folder: Path, told: Metadata) -> dict[str, int | None]:
+    """The size of each file that is named or has the suffix; None where there is no such file."""
+    names = {place.file for places in told.places.values() for place in places}
+    names |= {path.name for path in folder.glob(f"*{SUFFIX}")}
+    return {name: _size(folder / name) for name in sorted(names)}
+
+
+def _size(path: Path) -> int | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def _ranges(told: Metadata) -> dict[str, list[tuple[int, int, str]]]:
+    """What lies in each file, from front to back: (start, stop, key)."""
+    by_file: dict[str, list[tuple[int, int, str]]] = {}
+    for key, places in told.places.items():
+        for place in places:
+            by_file.setdefault(place.file, []).append((place.start, place.start + place.nbytes, key))
+    return {name: sorted(ranges) for name, ranges in sorted(by_file.items())}
+
+
+def _wrong_ranges(sizes: dict[str, int | None], ranges: dict[str, list[tuple[int, int, str]]]) -> list[str]:
+    problems = []
+    for name, inside in ranges.items():
+        size = sizes[name]
+        if size is None:
+            keys = ", ".join(dict.fromkeys(key for _, _, key in inside[:3]))
+            problems.append(f"{name}: is missing or not a regular file; {len(inside)} chunks lie in it, such as {keys}")
+            continue
+        for start, stop, key in inside:
+            if start < 0 or stop <= start or stop > size:
+                problems.append(f"{key}: lies at {start}..{stop} of {name}, which has {size} bytes (truncated?)")
+        for (_, end, first), (start, _, second) in pairwise(inside):
+            if start < end:
+                problems.append(f"{first} and {second}: share bytes {start}..{end} of {name}")
+    return problems
+
+
+def _unused(folder: Path, sizes: dict[str, int | None], ranges: dict[str, list[tuple[int, int, str]]]) -> list[Source]:
+    out = []
+    for name, size in sizes.items():
+        at = 0
+        for start, stop, _ in [*ranges.get(name, []), (size or 0, 0, "")]:
+            if start > at:
+                out.append(Source(str(folder / name), at, start - at))
+            at = stop
+    return out

@@ -23,21 +23,22 @@ def build(spec: Spec, layout: Layout) -> list[Any]:
     config, layer = _config(spec, layout), _layer(spec)
     chunks = []
     for stage in range(layout.vpp or 1):
-        place = {"ignore_virtual": False, "vp_stage": stage if layout.vpp else None}
+        place: dict[str, Any] = {"vp_stage": stage} if layout.vpp else {}  # 0.12 does not know the word
+        virtual = {"ignore_virtual": False, **place}
         chunk = GPTModel(
             config,
             layer,
             vocab_size=spec.vocab_rows,
             max_sequence_length=spec.positions,
-            pre_process=ps.is_pipeline_first_stage(**place),
-            post_process=ps.is_pipeline_last_stage(**place),
+            pre_process=ps.is_pipeline_first_stage(**virtual),
+            post_process=ps.is_pipeline_last_stage(**virtual),
             parallel_output=True,
             position_embedding_type="rope",
             rotary_base=spec.rotary_base,
             rope_scaling=spec.rope_factor is not None,
             rope_scaling_factor=spec.rope_factor or 8.0,
             share_embeddings_and_output_weights=spec.tied,
-            vp_stage=place["vp_stage"],
+            **place,
         )
         for parameter in chunk.parameters():
             parameter.fill_(float("nan"))
@@ -102,7 +103,7 @@ def _parallel(layout: Layout) -> dict[str, Any]:
         "expert_tensor_parallel_size": layout.etp,
         "num_layers_in_first_pipeline_stage": layout.first,
         "num_layers_in_last_pipeline_stage": layout.last,
-        "pipeline_model_parallel_layout": layout.stages,
+        **({"pipeline_model_parallel_layout": layout.stages} if layout.stages else {}),  # unknown to 0.12
         "account_for_embedding_in_pipeline_split": layout.count_embedding,
         "account_for_loss_in_pipeline_split": layout.count_loss,
         "pipeline_dtype": torch.float32,

@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 
-from tests.mcore_dist.old_megatron import install
 from tests.judge.conftest import expected, hf, ids
+from tests.mcore_dist.old_megatron import install
 
 __all__ = ["expected", "hf", "ids", "old_megatron"]
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.mcore_dist.old_megatron import old_judge, old_write
 from tests.judge.dist_write import write_dist
 from tests.judge.judge import iteration_folder
 from tests.judge.ranks import Layout
+from tests.mcore_dist.old_megatron import old_judge, old_write
 
 pytestmark = [pytest.mark.ranks, pytest.mark.xdist_group("ranks"), pytest.mark.usefixtures("old_megatron")]
 DIVISOR = 16

@@ -1,6 +1,6 @@
-"""Files whose bytes are compressed: how a source says so (plain text), and the `Opened` that decodes them.
+"""Compressed byte ranges: how a source says what decodes it (plain text), and the `Opened` that does.
 
-Only whole files are coded (a chunk of a zarr array), each with one codec. tensorstore, of the extra `zarr`, knows them.
+Offsets of a coded source count decoded bytes. tensorstore, of the extra `zarr`, knows the codecs.
 """
 
 from __future__ import annotations
@@ -10,21 +10,15 @@ from typing import Any
 import numpy as np
 
 from ckptconv.errors import ExtraMissingError, FormatError
-from ckptconv.source import Opened, Origin
+from ckptconv.source import Opened, Origin, Source
 
 CODECS = frozenset({"blosc", "bz2", "gzip", "zlib", "zstd"})  # as zarr v2 names them
-MOST = (1 << 31) - 1  # decoded bytes of one file, all of which are in memory at once
-_PIECE = 16 << 20
+MOST = (1 << 31) - 1  # decoded bytes of one source, all of which are in memory at once
 
 
-def coding(codec: str, nbytes: int) -> str:
-    """What a `Source` carries: decoding with this codec gives that many bytes. Parameters matter to encoders only."""
-    return f"{codec}:{nbytes}"
-
-
-def most_encoded(nbytes: int) -> int:
-    """The largest file that decodes to so many bytes: what cannot be compressed grows a little."""
-    return nbytes + nbytes // 8 + (1 << 16)
+def coded(encoded: Source, codec: str, nbytes: int) -> Source:
+    """What a compressed range decodes to; how it was compressed (level, shuffle) is no matter for that."""
+    return Source(encoded.path, 0, nbytes, f"{codec}:{encoded.offset}+{encoded.nbytes}:{nbytes}")
 
 
 def require() -> Any:
@@ -37,12 +31,12 @@ def require() -> Any:
 
 
 class Decoded:
-    """`Opened` for what a coded file holds: decoded whole, kept until closed."""
+    """`Opened` for a coded source: decoded whole, kept until closed."""
 
     def __init__(self, file: Opened, origin: Origin) -> None:
-        codec, _, nbytes = origin.coding.partition(":")
+        codec, place, nbytes = origin.coding.split(":")
         try:
-            encoded = _read_all(file, origin.path, most_encoded(int(nbytes)))
+            encoded = _read(file, origin.path, *map(int, place.split("+")))
         finally:
             file.close()
         self._data = _decode(codec, encoded, int(nbytes), origin.path)
@@ -59,13 +53,14 @@ class Decoded:
         self._data = memoryview(b"")
 
 
-def _read_all(file: Opened, path: str, most: int) -> bytes:
-    data = bytearray()
-    buffer = memoryview(bytearray(min(most + 1, _PIECE)))
-    while got := file.read_into(len(data), [buffer]):
-        data += buffer[:got]
-        if len(data) > most:
-            raise FormatError(path, f"has more than {most} bytes, too many for what .zarray says it decodes to")
+def _read(file: Opened, path: str, offset: int, nbytes: int) -> bytes:
+    data = bytearray(nbytes)
+    view, at = memoryview(data), 0
+    while at < nbytes:
+        got = file.read_into(offset + at, [view[at:]])
+        if not got:
+            raise FormatError(path, f"ends at byte {offset + at}, {nbytes - at} more are expected; is it truncated?")
+        at += got
     return bytes(data)
 
 
@@ -73,8 +68,8 @@ def _decode(codec: str, encoded: bytes, nbytes: int, path: str) -> memoryview:
     """The bytes as an array of one chunk, which tensorstore reads: it refuses what is not of exactly this size."""
     tensorstore = require()
     if codec == "blosc" and len(encoded) >= 8 and (told := int.from_bytes(encoded[4:8], "little")) != nbytes:
-        # told apart beforehand: the library would first make room for whatever this header says
-        raise FormatError(path, f"decodes to {told} bytes, .zarray says {nbytes}")
+        # looked at beforehand: the library would first make room for whatever this header says
+        raise FormatError(path, f"decodes to {told:,} bytes, {nbytes:,} are expected")
     metadata = {
         "zarr_format": 2,
         "shape": [nbytes],
@@ -92,5 +87,5 @@ def _decode(codec: str, encoded: bytes, nbytes: int, path: str) -> memoryview:
         tensorstore.KvStore.open(store, context=context).result().write("0", encoded).result()
         data: Any = tensorstore.open(spec, context=context).result().read().result()
     except ValueError as error:
-        raise FormatError(path, f"cannot be decoded as {codec} of {nbytes} bytes: {error}") from None
+        raise FormatError(path, f"does not decode as {codec} to {nbytes:,} bytes: {error}") from None
     return np.ascontiguousarray(data, np.uint8).data

@@ -1,0 +1,234 @@
+"""Folders of zarr v2 arrays, as Megatron-Core up to 0.15 wrote them: one folder per tensor, its chunks as files.
+
+Objects lie among them as `<key>/shard_<index>_<of>.pt`. Only `.zarray` files are read here; of all others, names and sizes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby, islice, product
+from pathlib import Path
+from typing import Literal
+
+from ckptconv import coding
+from ckptconv.assemble import Part, assemble
+from ckptconv.containers import zarr2_header
+from ckptconv.containers.zarr2_header import HEADER, Header
+from ckptconv.dtypes import DType
+from ckptconv.errors import FormatError
+from ckptconv.leaves import view
+from ckptconv.nodes import Fill
+from ckptconv.source import Source
+from ckptconv.tensor import Shape, Tensor
+
+ATTRIBUTES = ".zattrs"  # of an array: says nothing of its values
+LOCKS = ".sync"
+SHOWN = 8
+_INDEX = re.compile(r"\d{1,19}(?:[./]\d{1,19})*", re.ASCII)
+_OBJECT = re.compile(r"shard_[\d.]+(?:_[\d.]+)?\.pt", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One array: its header, and the file of each chunk that is there, by the chunk's place in the grid."""
+
+    header: Header
+    present: dict[Shape, Source]
+
+    @property
+    def dtype(self) -> DType:
+        return self.header.dtype
+
+    @property
+    def shape(self) -> Shape:
+        return self.header.shape
+
+    @property
+    def chunks(self) -> Shape:
+        """The shape of a chunk."""
+        return self.header.chunks
+
+    @property
+    def missing(self) -> int:
+        """How many chunks are not there."""
+        return math.prod(self.header.grid) - len(self.present)
+
+    def missing_names(self, most: int) -> list[str]:
+        absent = (index for index in product(*map(range, self.header.grid)) if index not in self.present)
+        return [self.header.name_of(index) for index in islice(absent, most)]
+
+
+@dataclass(frozen=True, slots=True)
+class Zarr:
+    """Arrays by key, objects by key (`<key>/shard_0_4`), and the files beside their folders (`common.pt`)."""
+
+    where: str
+    tensors: dict[str, Entry]
+    objects: dict[str, Source]
+    others: dict[str, Source]
+
+
+def read(folder: Path) -> Zarr:
+    """What a folder holds."""
+    problems: list[str] = []
+    files = dict(_walk(str(folder), "", os.path.realpath(folder), problems))
+    return interpret(str(folder), files, problems)
+
+
+def interpret(where: str, files: Mapping[str, Source], problems: list[str] | None = None) -> Zarr:
+    """What files with these names make, be they of a folder or an archive; all that is wrong is in one FormatError."""
+    problems = list(problems or ())
+    folders: dict[str, dict[str, Source]] = {}
+    others: dict[str, Source] = {}
+    for path, source in files.items():
+        key, inside, name = path.partition("/")
+        if inside:
+            folders.setdefault(key, {})[name] = source
+        else:
+            others[key] = source
+    tensors: dict[str, Entry] = {}
+    objects: dict[str, Source] = {}
+    for key, held in folders.items():
+        try:
+            if HEADER in held:
+                tensors[key] = _entry(held, f"{where}/{key}", problems)
+            elif not _is_locks(key, held, folders):
+                objects |= _objects(key, held)
+        except FormatError as error:
+            problems.append(str(error))
+    if problems:
+        raise FormatError(where, _listed("is no sound folder of zarr arrays", problems))
+    return Zarr(where, tensors, objects, others)
+
+
+def tensors(zarr: Zarr, missing: Literal["fill", "zero"] = "fill") -> dict[str, Tensor]:
+    """Every array as a lazy tensor. A chunk that is not there is the fill value; with "zero", 0 where there is none."""
+    lost = [
+        f"{key}: {entry.missing:,} of {math.prod(entry.header.grid):,} chunks are not there "
+        f"({', '.join(entry.missing_names(3))}{', …' if entry.missing > 3 else ''}) and no fill_value stands for them"
+        for key, entry in zarr.tensors.items()
+        if entry.missing and entry.header.fill is None and missing != "zero"
+    ]
+    if lost:
+        advice = "was the checkpoint copied whole? To take zeros for them: --zarr-missing zero"
+        raise FormatError(zarr.where, f"{_listed('lacks values', lost)}\n{advice}")
+    if any(entry.header.codec for entry in zarr.tensors.values()):
+        coding.require()
+    return {key: _tensor(entry) for key, entry in zarr.tensors.items()}
+
+
+def _tensor(entry: Entry) -> Tensor:
+    hole = Fill(entry.shape, entry.dtype, entry.header.fill or 0)
+    return assemble(entry.shape, list(_parts(entry, hole, (), sorted(entry.present)))) if entry.present else hole
+
+
+def _parts(entry: Entry, hole: Tensor, prefix: Shape, chunks: list[Shape]) -> Iterator[Part]:
+    """The chunks whose place begins with `prefix`; `hole` is that part of the array as if none were there.
+
+    Holes are as large as can be: a header may tell of more chunks than can be counted.
+    """
+    axis = len(prefix)
+    rest = (0,) * (len(entry.shape) - axis - 1)
+    if axis == len(entry.shape):
+        yield entry.header.start(prefix), _chunk(entry, prefix)
+        return
+    at, end, size = 0, entry.header.grid[axis], entry.chunks[axis]
+    for i, inner in [*((i, list(inner)) for i, inner in groupby(chunks, lambda c: c[axis])), (end, [])]:
+        if at < i:
+            start = entry.header.start((*prefix, at, *rest))
+            yield start, hole.narrow(axis, at * size, min(i * size, entry.shape[axis]))
+        if i < end:
+            slab = hole.narrow(axis, i * size, min((i + 1) * size, entry.shape[axis]))
+            yield from _parts(entry, slab, (*prefix, i), inner)
+        at = i + 1
+
+
+def _chunk(entry: Entry, index: Shape) -> Tensor:
+    """A file holds a whole chunk; at the far edges of the array only part of it counts."""
+    header, source = entry.header, entry.present[index]
+    if header.codec:
+        source = coding.coded(source, header.codec, header.chunk_nbytes)
+    tensor = view(source, 0, header.chunks, header.chunk_strides, header.dtype)
+    for axis, (at, size, length) in enumerate(zip(header.start(index), header.chunks, header.shape, strict=True)):
+        tensor = tensor.narrow(axis, 0, min(size, length - at))
+    return tensor
+
+
+def _entry(held: Mapping[str, Source], where: str, problems: list[str]) -> Entry:
+    """An array: its header, and every other file accounted for as a chunk."""
+    header = zarr2_header.read(held[HEADER], f"{where}/{HEADER}")
+    present: dict[Shape, Source] = {}
+    for name, source in held.items():
+        if name in (HEADER, ATTRIBUTES):
+            continue
+        try:
+            present[_index(name, header)] = _sized(source, header)
+        except ValueError as error:
+            problems.append(f"{where}/{name}: {error}")
+    return Entry(header, present)
+
+
+def _index(name: str, header: Header) -> Shape:
+    """The place in the grid that a chunk's name says."""
+    if not header.shape and name == "0":
+        return ()
+    index = tuple(map(int, re.split("[./]", name))) if _INDEX.fullmatch(name) else ()
+    if len(index) != len(header.shape) or name != header.name_of(index):
+        example = header.name_of((0,) * len(header.shape))
+        raise ValueError(f"is no chunk of this array; the first is called {example}")
+    if any(i >= n for i, n in zip(index, header.grid, strict=True)):
+        raise ValueError(f"is outside the grid of {list(header.grid)} chunks that {HEADER} tells of")
+    return index
+
+
+def _sized(source: Source, header: Header) -> Source:
+    size, whole = source.nbytes, header.chunk_nbytes
+    if header.codec and not 0 < size <= whole + whole // 8 + (1 << 16):  # what does not compress grows a little
+        raise ValueError(f"has {size:,} bytes, which cannot be a compressed chunk of {whole:,}")
+    if not header.codec and size != whole:
+        raise ValueError(f"has {size:,} bytes, expected {whole:,} of a whole chunk; is it truncated?")
+    return source
+
+
+def _objects(key: str, held: Mapping[str, Source]) -> dict[str, Source]:
+    """The objects stored under one key."""
+    if wrong := [name for name in held if not _OBJECT.fullmatch(name)]:
+        raise FormatError(key, f"holds {wrong[0]}, but no {HEADER}; expected an array, or objects shard_….pt")
+    return {f"{key}/{name.removesuffix('.pt')}": source for name, source in held.items()}
+
+
+def _is_locks(key: str, held: Mapping[str, Source], folders: Mapping[str, Mapping[str, Source]]) -> bool:
+    """Empty files that ranks had locked while several wrote to one chunk: `<key>.sync` beside `<key>`."""
+    of = folders.get(key.removesuffix(LOCKS), {}) if key.endswith(LOCKS) else {}
+    return HEADER in of and not any(source.nbytes for source in held.values())
+
+
+def _walk(folder: str, above: str, home: str, problems: list[str]) -> Iterator[tuple[str, Source]]:
+    """Every file below a folder, by its path there. Links may not lead out, nor in circles."""
+    try:
+        with os.scandir(folder) as found:
+            items = sorted(found, key=lambda item: item.name)
+    except OSError as error:
+        problems.append(f"{folder}: cannot be listed: {error.strerror}")
+        return
+    if not items and not folder.endswith(LOCKS):
+        problems.append(f"{folder}: is empty")
+    for item in items:
+        name = above + item.name
+        if item.is_dir(follow_symlinks=False) and name.count("/") <= zarr2_header.MAX_AXES:
+            yield from _walk(item.path, f"{name}/", home, problems)
+        elif item.is_symlink() and os.path.commonpath([home, os.path.realpath(item.path)]) != home:
+            problems.append(f"{item.path}: is a link that leaves the folder; put the file itself there")
+        elif item.is_file():
+            yield name, Source(item.path, 0, item.stat().st_size)
+        else:
+            problems.append(f"{item.path}: is no regular file")
+
+
+def _listed(title: str, problems: list[str]) -> str:
+    more = [f"and {len(problems) - SHOWN:,} more"] if len(problems) > SHOWN else []
+    return "\n  ".join([f"{title}:", *problems[:SHOWN], *more])

@@ -104,11 +104,9 @@ def bind(
     mapping: Mapping, variant: frozenset[str], config: ModelConfig, topology: Topology, rank: Rank
 ) -> Iterator[Binding]:
     """The table of one rank: rows that share an index variable run index by index, as a module tree does."""
-    if not mapping.cut and not mapping.deal and next(itertools.islice(topology.ranks(), 1, None), None):
-        raise TopologyError(
-            f"{mapping.name} holds whole tensors: it cannot be laid out over ranks "
-            f"(tp {topology.tp}, pp {topology.pp}, vpp {topology.vpp}, ep {topology.ep})"
-        )
+    if not (mapping.cut or mapping.deal) and topology.pp * topology.vpp * topology.processes_per_stage > 1:
+        degrees = ", ".join(f"{name} {topology.degree(name)}" for name in ("tp", "pp", "vpp", "ep", "etp"))
+        raise TopologyError(f"{mapping.name} holds whole tensors: they cannot be laid out over ranks ({degrees})")
     binder = _Binder(mapping, variant, config, topology, rank)
     for variable, rules in itertools.groupby(mapping.rules, lambda rule: (VARIABLE.findall(rule.stored) or [""])[0]):
         compiled = [c for rule in rules if (c := binder.compile(rule)) is not None]
@@ -234,9 +232,11 @@ class _Binder:
         if isinstance(expr, str):
             return self.leaf(expr, whole=whole)
         args = tuple(self.node(arg, whole=whole) for arg in expr.args)
-        over = tuple({expr.over: index} for index, _ in self.domain(expr.over)) if expr.over else ()
         op = OPS[expr.op](**self.params(expr, whole=whole))
-        return Node(op, args, op.shape([arg.shape for arg in args] * (len(over) if expr.over else 1)), over)
+        if expr.over is None:
+            return Node(op, args, op.shape([arg.shape for arg in args]))
+        over = tuple({expr.over: index} for index, _ in self.domain(expr.over))
+        return Node(op, args, op.shape([args[0].shape] * len(over)), over)
 
     def leaf(self, template: str, *, whole: bool) -> Leaf:
         axes = self.mapping.vocabulary.atoms[template].axes

@@ -105,10 +105,11 @@ def parse_rules(raw: dict[str, object], where: str, stack: Sequence[str] = ()) -
             continue
         for name, row in block.get("tensors", {}).items():
             written = block.get("stored", "") + name
-            stored = _unnumbered(written, stack)
+            stored = _unnumbered(written, stack, where)
             if stored in rules:
                 raise MappingError(f"{where}: {stored!r} is written twice; give alternatives as a list")
-            rules[stored] = None if row is False else stacked(_rule(written, row, block, f"{where}: {written}"), stack)
+            rule = None if row is False else _rule(written, row, block, f"{where}: {written}")
+            rules[stored] = rule and stacked(rule, stack, where)
     return rules
 
 
@@ -179,21 +180,24 @@ def stacked_over(expr: Expr) -> Iterator[str]:
             yield from stacked_over(arg)
 
 
-def stacked(rule: Rule, variables: Sequence[str]) -> Rule:
+def stacked(rule: Rule, variables: Sequence[str], where: str) -> Rule:
     """The rule with an axis in place of each of these variables in its name, the first one outermost."""
     alternatives = rule.alternatives
     for i, variable in enumerate(variables):
         if variable in VARIABLE.findall(rule.stored):
             alternatives = tuple(replace(a, expr=_on_axis(a.expr, variable, variables[:i])) for a in alternatives)
-    return Rule(_unnumbered(rule.stored, variables), alternatives)
+    return Rule(_unnumbered(rule.stored, variables, where), alternatives)
 
 
-def _unnumbered(stored: str, variables: Sequence[str]) -> str:
+def _unnumbered(stored: str, variables: Sequence[str], where: str) -> str:
+    """The stored name without the indices that are axes."""
     name = stored
     for variable in variables:
         name = name.replace(f".{{{variable}}}", "")
     if left := set(VARIABLE.findall(name)) & set(variables):
-        raise MappingError(f"{stored!r}: {sorted(left)} cannot be stacked: no index with a dot before it")
+        raise MappingError(
+            f"{where}: {stored!r} cannot be stacked over {', '.join(sorted(left))}: only an index behind a dot can be left out"
+        )
     return name
 
 

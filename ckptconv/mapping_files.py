@@ -169,7 +169,7 @@ def _rules(
     rules = list(parent.rules) if parent else []
     for block in _using(raw):
         rules += _prefixed(_used(block, chain).rules, block)
-    rules = [stacked(rule, stack) for rule in rules]
+    rules = [stacked(rule, stack, str(path)) for rule in rules]
     own = parse_rules(raw, str(path), stack)
     if not rules:
         return tuple(rule for rule in own.values() if rule is not None)

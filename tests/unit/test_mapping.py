@@ -109,7 +109,7 @@ def test_false_takes_a_dimension_of_the_parent_away(tmp_path: Path) -> None:
         ("extends = [", "cannot be read"),
         ('extends = "mcore-dist"\nstack = ["z"]', "stack names an unknown variable 'z'"),
         ('extends = "mcore-dist"\nstack = 1', "stack is 1, expected a name or a list of names"),
-        ('extends = "mcore"\nstack = ["e"]', r"linear_fc1.weight{e}': \['e'\] cannot be stacked"),
+        ('extends = "mcore"\nstack = ["e"]', "linear_fc1.weight{e}' cannot be stacked over e"),
         (
             'extends = "mcore-dist-stacked"\n[[block]]\n[block.tensors]\n"x.{l}" = "layers.{l}.attn_norm.weight"\nx = "norm.weight"',
             "'x' is written twice",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import xxhash
 
+from ckptconv.bind import bind
 from ckptconv.canonicalize import canonicalize
 from ckptconv.checkpoint import Checkpoint, Key, Stored, Target
 from ckptconv.config import ModelConfig
@@ -24,6 +26,7 @@ from ckptconv.huggingface.family_config import family_of, read_config
 from ckptconv.leaves import contiguous
 from ckptconv.localize import localize
 from ckptconv.mapping_files import families, load_mapping
+from ckptconv.ops import Stack
 from ckptconv.source import Source
 from ckptconv.tensor import Tensor
 from ckptconv.topology import Rank, even
@@ -146,6 +149,23 @@ def test_copy_of_a_tied_embedding_is_compared_and_not_written(tmp_path: Path) ->
     back = canonicalize(whole(dialect, case.padded, tensors | head))
     assert [replica.name for replica in back.replicas] == [VOCABULARY[1]]
     assert exported(back, dialect) == tensors
+
+
+def test_stacks_of_many_members_are_bound_and_taken_apart_quickly() -> None:
+    """15,360 experts in one tensor: none is written out when binding, and none is looked for among the others."""
+    config = ModelConfig(
+        family="hf-mixtral", layers=60, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab_rows=128,
+        experts=256, moe_ffn=96, moe_layers=tuple(range(60)),
+    )  # fmt: skip
+    start = time.process_time()
+    rows = list(bind(load_mapping("mcore-dist-stacked"), frozenset({"norm_apart"}), config, even(60), Rank()))
+    assert max(row.shape for row in rows if len(row.shape) == 4) == (60, 256, 192, 64)
+    assert time.process_time() - start < 0.2
+    members = [contiguous(Source(str(i), 0, 8), (2,), DTYPES["int32"]) for i in range(20_000)]
+    joined = Stack().forward(members)
+    start = time.process_time()
+    assert Stack().inverse(joined, [(2,)] * len(members)) == members
+    assert time.process_time() - start < 2
 
 
 def test_name_that_no_layout_has_is_listed(tmp_path: Path) -> None:

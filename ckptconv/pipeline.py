@@ -69,9 +69,10 @@ class Prepared:
     stored: Stored
     checkpoint: Checkpoint
     saver: Format
+    options: object
 
     def usage(self, dst: str) -> str:
-        return self.saver.usage(self.stored, dst)
+        return self.saver.usage(self.stored, dst, self.options)
 
 
 def load_stored(source: Path, loader: str | None, options: Options, request: Request) -> tuple[Format, Stored]:
@@ -117,7 +118,7 @@ def prepare(job: Job) -> Prepared:
     plan = saver.save(stored, options, request)
     checks = () if job.replicas == "first" else tuple(Check(*replica) for replica in checkpoint.replicas)
     about = {**plan.about, **_about(job, checkpoint, stored, options)}
-    return Prepared(replace(plan, checks=checks, about=about, root=str(job.source)), stored, checkpoint, saver)
+    return Prepared(replace(plan, checks=checks, about=about, root=str(job.source)), stored, checkpoint, saver, options)
 
 
 def convert(

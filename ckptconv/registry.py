@@ -18,6 +18,7 @@ ENTRY_POINTS = "ckptconv.formats"
 BUILT_IN = {
     "hf": "ckptconv.formats.hf:Hf",
     "mcore": "ckptconv.formats.mcore:Mcore",
+    "mcore-dist": "ckptconv.formats.mcore_dist:McoreDist",
     "legacy": "ckptconv.formats.legacy:Legacy",
 }
 

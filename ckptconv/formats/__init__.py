@@ -57,6 +57,6 @@ class Format(Protocol):
         """The files that hold it, as segments at known offsets."""
         ...
 
-    def usage(self, stored: Stored, dst: str) -> str:
+    def usage(self, stored: Stored, dst: str, options: Any) -> str:
         """How the result is loaded by the software it is for."""
         ...

@@ -155,7 +155,7 @@ class Hf:
         about: dict[str, object] = {"config_changes": [*changes, *kept], "config_untrusted": list(start.untrusted)}
         return Plan(tuple(files), about=about)
 
-    def usage(self, stored: Stored, dst: str) -> str:
+    def usage(self, stored: Stored, dst: str, options: HfSave) -> str:
         names = {name for name in stored.extras.files if name.startswith(("tokenizer", "vocab", "spiece"))}
         lines = [
             f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if names else ''}",

@@ -87,12 +87,15 @@ class Legacy:
         return Target(chosen("megatron-legacy", request.mappings), frozenset({"qkv_v2"}), topology, rows)
 
     def save(self, stored: Stored, options: LegacySave, request: Request) -> Plan:
-        core = Core(core_version(options.mcore_version))
-        extra = ExtraState(core, None, legacy=True)
-        return saving.save(stored, options.iteration, request, saving.Form(core, extra, local=True, legacy=True))
+        return saving.save(stored, options.iteration, request, _form(options))
 
-    def usage(self, stored: Stored, dst: str) -> str:
-        return usage(stored, dst, legacy=True)
+    def usage(self, stored: Stored, dst: str, options: LegacySave) -> str:
+        return usage(stored, dst, _form(options))
+
+
+def _form(options: LegacySave) -> saving.Form:
+    core = Core(core_version(options.mcore_version))
+    return saving.Form(core, ExtraState(core, None, legacy=True), local=True, legacy=True)
 
 
 def _order(content: RankContent, options: LegacyLoad) -> frozenset[str]:

@@ -15,7 +15,7 @@ from ckptconv.megatron.args_write import refuse_inexpressible
 from ckptconv.megatron.extra_state import ExtraState
 from ckptconv.megatron.measure import MCORE
 from ckptconv.megatron.stages import pipeline_args
-from ckptconv.megatron.usage import is_local, usage
+from ckptconv.megatron.usage import usage
 from ckptconv.megatron.versions import NEWEST, PORTABLE_TE, Core, Version, core_version, show, te_version
 from ckptconv.plan import Plan
 from ckptconv.topology import Topology
@@ -101,16 +101,22 @@ class Mcore:
         return Target(mapping, frozenset({EXPERTS[experts]}), topology, rows)
 
     def save(self, stored: Stored, options: McoreSave, request: Request) -> Plan:
-        core, te = _versions(options)
-        local = is_local(stored.mapping)
-        experts = next(name for name, tag in EXPERTS.items() if tag in stored.variant)
-        extra = ExtraState(core, None if local else te, experts)
-        return saving.save(
-            stored, options.iteration, request, saving.Form(core, local=local, experts=experts, extra=extra)
-        )
+        return saving.save(stored, options.iteration, request, _form(stored, options))
 
-    def usage(self, stored: Stored, dst: str) -> str:
-        return usage(stored, dst, legacy=False)
+    def usage(self, stored: Stored, dst: str, options: McoreSave) -> str:
+        return usage(stored, dst, _form(stored, options))
+
+
+def _form(stored: Stored, options: McoreSave) -> saving.Form:
+    core, te = _versions(options)
+    local = is_local(stored.mapping)
+    experts = next(name for name, tag in EXPERTS.items() if tag in stored.variant)
+    return saving.Form(core, ExtraState(core, None if local else te, experts), local=local, experts=experts)
+
+
+def is_local(mapping: Mapping) -> bool:
+    """Whether the names are those of Megatron-Core's own modules; a user's mapping may extend them."""
+    return "mcore-local" in (mapping.name, mapping.extends)
 
 
 def _wants_local(checkpoint: Checkpoint, options: McoreSave, request: Request) -> bool:

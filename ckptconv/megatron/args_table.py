@@ -30,6 +30,7 @@ class Subject:
     local: bool = False
     legacy: bool = False
     experts: str = ""
+    ckpt_format: str = "torch"
     carried: dict[str, object] = field(default_factory=dict)
 
     @property
@@ -229,8 +230,8 @@ FILES = (
         lambda s: "local" if s.local or s.legacy else "transformer_engine",
     ),
     Field("use_legacy_models", "format: legacy or mcore", lambda s: s.legacy),
-    _constant("ckpt_format", "torch", "the format of these files"),
-    _constant("use_dist_ckpt", False, "the format of these files"),
+    Field("ckpt_format", "the format of these files", lambda s: s.ckpt_format),
+    Field("use_dist_ckpt", "the format of these files", lambda s: s.ckpt_format != "torch"),
     _constant("use_distributed_optimizer", False, "no optimizer state is written"),
     _constant("no_save_optim", True, "no optimizer state is written: Megatron then does not look for it"),
     _constant("no_save_rng", True, "no RNG state is written: Megatron then does not look for it"),

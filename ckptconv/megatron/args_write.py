@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ckptconv.config import ModelConfig
 from ckptconv.containers.pickled import Namespace
 from ckptconv.errors import ConfigError
@@ -16,10 +18,7 @@ ACTIVATIONS = {(True, "silu"), (False, "gelu"), (False, "gelu_pytorch_tanh"), (F
 def write_args(subject: Subject) -> Namespace:
     """The args, in the order of their names. The source's own are kept only where they are plain values."""
     plain: dict[str, object] = {k: v for k, v in subject.carried.items() if isinstance(v, PLAIN)}
-    kept = Subject(
-        subject.config, subject.topology, subject.core, subject.dtype, subject.divisor, subject.local, subject.legacy,
-        subject.experts, plain,
-    )  # fmt: skip
+    kept = replace(subject, carried=plain)
     fields = {f.name: f.value(kept) for f in FIELDS if f.since <= kept.core.version}
     return Namespace(**dict(sorted(fields.items())))
 

@@ -1,8 +1,10 @@
-"""Where a Megatron checkpoint keeps its files: iterations, rank folders and their numbers. Nothing here opens a rank file."""
+"""Where a Megatron checkpoint keeps its files: iterations, rank folders and their numbers. Nothing here opens a file of weights."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,12 +36,19 @@ class RankFile:
 
 @dataclass(frozen=True, slots=True)
 class Iteration:
-    """One saved iteration: its folder, which step it is, its rank files, and the folder of Hugging Face files beside it."""
+    """One saved iteration: its folder, which step it is, and the folder of Hugging Face files beside it."""
 
     folder: Path
     step: Step
-    files: tuple[RankFile, ...]
     hf: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The rank files of an iteration, and what optimizer files lie beside them."""
+
+    iteration: Iteration
+    files: tuple[RankFile, ...]
     optimizer: tuple[str, ...] = ()
 
 
@@ -52,42 +61,67 @@ def rank_name(tp: int, pp: int | None, ep: int | None) -> str:
     return f"mp_rank_{tp:02d}" + "".join(f"_{n:03d}" for n in (pp, ep) if n is not None)
 
 
-def looks_like(path: Path) -> bool:
-    """Whether `path` is a Megatron checkpoint or one iteration of it, judged by names alone."""
+def has_ranks(folder: Path) -> bool:
+    """Whether a folder is an iteration of per-rank files."""
+    return any(entry.name.startswith("mp_rank_") for entry in folder.iterdir())
+
+
+def is_distributed(folder: Path) -> bool:
+    """Whether a folder is an iteration of a distributed checkpoint (torch_dist, zarr)."""
+    return any((folder / name).exists() for name in DISTRIBUTED)
+
+
+def looks_like(path: Path, holds: Callable[[Path], bool]) -> bool:
+    """Whether `path` is an iteration that `holds`, or has one, judged by names alone."""
     try:
-        return _has_ranks(path) or any(_has_ranks(folder) for folder in _iterations(path).values())
-    except OSError:
+        return holds(path) or any(holds(folder) for folder in _iterations(path).values())
+    except (OSError, FormatError):
         return False
 
 
-def is_distributed(path: Path) -> bool:
-    """Whether this is a torch_dist or zarr checkpoint, or an iteration of one: these are known, to be refused clearly."""
-    return any((folder / name).exists() for folder in (path, *_iterations(path).values()) for name in DISTRIBUTED)
+def open_ranks(path: Path, wanted: Step = None) -> Ranks:
+    """The per-rank iteration meant by a base or iteration folder; every rank folder of it is named, none is guessed."""
+    with _readable(path):
+        iteration = _open(path, wanted)
+        if is_distributed(iteration.folder):
+            raise FormatError(
+                iteration.folder, "is a distributed checkpoint (torch_dist or zarr): read it with --loader mcore-dist"
+            )
+        files = _rank_files(iteration.folder)
+        optimizer = tuple(sorted({n for f in files for n in OPTIMIZER_FILES if (f.path.parent / n).exists()}))
+        return Ranks(iteration, files, optimizer)
 
 
-def open_iteration(path: Path, wanted: Step = None) -> Iteration:
-    """The iteration meant by a base or iteration folder; every rank folder of it is named, none is guessed."""
+def open_distributed(path: Path, wanted: Step = None) -> Iteration:
+    """The distributed iteration meant by a base or iteration folder."""
+    with _readable(path):
+        iteration = _open(path, wanted)
+        if not is_distributed(iteration.folder):
+            raise FormatError(
+                iteration.folder, f"is not a distributed checkpoint: it has neither {' nor '.join(DISTRIBUTED)}"
+            )
+        return iteration
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        return _open(path, wanted)
+        yield
     except OSError as error:
         raise FormatError(error.filename or path, f"cannot be read: {error.strerror}") from None
 
 
 def _open(path: Path, wanted: Step) -> Iteration:
     if not path.is_dir():
-        raise FormatError(path, "is not a folder; a Megatron checkpoint is a folder of iter_XXXXXXX/mp_rank_XX folders")
-    _refuse_distributed(path)
-    folder = path if _has_ranks(path) else _choose(path, wanted)
-    _refuse_distributed(folder)
+        raise FormatError(path, "is not a folder; a Megatron checkpoint is a folder of iter_XXXXXXX folders")
+    folder = path if has_ranks(path) or is_distributed(path) else _choose(path, wanted)
     step = _step_of(folder.name)
     if wanted is not None and step is not None and _same(step, wanted) is False:
         raise UsageError(
             f"--iteration {wanted}: {path} is iteration {step}; give the folder above it to choose another"
         )
-    files = _rank_files(folder)
     hf = next((base / HF for base in (folder.parent, folder) if (base / HF / "config.json").is_file()), None)
-    optimizer = tuple(sorted({n for f in files for n in OPTIMIZER_FILES if (f.path.parent / n).exists()}))
-    return Iteration(folder, step, files, hf, optimizer)
+    return Iteration(folder, step, hf)
 
 
 def _choose(path: Path, wanted: Step) -> Path:
@@ -144,19 +178,6 @@ def _step_of(name: str) -> Step:
 
 def _same(step: int | str, wanted: int | str) -> bool:
     return str(step) == str(wanted) or (str(wanted).isdigit() and step == int(wanted))
-
-
-def _has_ranks(folder: Path) -> bool:
-    return any(entry.name.startswith("mp_rank_") for entry in folder.iterdir())
-
-
-def _refuse_distributed(folder: Path) -> None:
-    if any((folder / name).exists() for name in DISTRIBUTED):
-        raise FormatError(
-            folder,
-            "is a distributed checkpoint (torch_dist or zarr), which is not supported yet; "
-            "only per-rank checkpoints (--ckpt-format torch: mp_rank_* folders) can be read",
-        )
 
 
 def _rank_files(folder: Path) -> tuple[RankFile, ...]:

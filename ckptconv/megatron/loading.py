@@ -15,7 +15,7 @@ from ckptconv.mapping import Mapping
 from ckptconv.megatron import hf_beside
 from ckptconv.megatron.architecture import ADVICE, Evidence, resolve
 from ckptconv.megatron.args_read import ArgsLayout, layout, model_fields, refuse_unsupported
-from ckptconv.megatron.folders import Iteration, is_distributed, looks_like, open_iteration
+from ckptconv.megatron.folders import Ranks, has_ranks, looks_like, open_ranks
 from ckptconv.megatron.grid import Grid, check_processes, make_grid, shared_args
 from ckptconv.megatron.measure import LAYER, Measured, Names, measure
 from ckptconv.megatron.rank_file import RankContent, read_rank
@@ -35,8 +35,9 @@ class Kind:
 
 def load(path: Path, config: Path | None, request: Request, kind: Kind) -> Stored:
     """Describe the checkpoint from the headers of its rank files."""
-    iteration = open_iteration(path, request.iteration)
-    contents = [read_rank(file, request.check, kind.mappings[0].rename) for file in iteration.files]
+    found = open_ranks(path, request.iteration)
+    iteration = found.iteration
+    contents = [read_rank(file, request.check, kind.mappings[0].rename) for file in found.files]
     args = shared_args(contents, iteration.folder)
     where = f"{iteration.folder.name} args"
     if args is not None:
@@ -59,19 +60,15 @@ def load(path: Path, config: Path | None, request: Request, kind: Kind) -> Store
     if strays := dict.fromkeys(key for content in contents for key in content.strays):
         notes += (f"left behind in the rank files: {', '.join(strays)}",)
     extras = Extras(
-        step=_step(iteration, contents), files=beside.files, notes=notes,
-        objects={"args": args or {}, "state": _state(contents, iteration)},
+        step=contents[0].iteration if iteration.step is None else iteration.step, files=beside.files, notes=notes,
+        objects={"args": args or {}, "state": _state(contents, found)},
     )  # fmt: skip
     return Stored(kind.format, mapping, variant, topology, architecture, ranks, places, extras)
 
 
-def _step(iteration: Iteration, contents: Sequence[RankContent]) -> int | str | None:
-    return iteration.step if iteration.step is not None else contents[0].iteration
-
-
-def _state(contents: Sequence[RankContent], iteration: Iteration) -> list[str]:
+def _state(contents: Sequence[RankContent], found: Ranks) -> list[str]:
     words = dict.fromkeys(word for content in contents for word in content.state)
-    return [*words, *(f"distributed optimizer ({name})" for name in iteration.optimizer)]
+    return [*words, *(f"distributed optimizer ({name})" for name in found.optimizer)]
 
 
 def _measure(grid: Grid, names: Names) -> Measured:
@@ -133,11 +130,11 @@ def _ranks(grid: Grid, topology: Topology) -> tuple[dict[Rank, dict[Key, Tensor]
 
 def sniff(path: Path, *, legacy: bool) -> bool:
     """Whether these are rank files, and of which of the two formats; the first file's own names decide."""
-    if not path.is_dir() or not looks_like(path):
-        return path.is_dir() and not legacy and is_distributed(path)
+    if not path.is_dir() or not looks_like(path, has_ranks):
+        return False
     try:
-        content = read_rank(open_iteration(path).files[0], False, lambda name: name)
+        content = read_rank(open_ranks(path).files[0], False, lambda name: name)
     except CkptconvError:
-        return not legacy  # damaged or distributed: the loader says what is wrong with it
+        return not legacy  # damaged: the loader says what is wrong with it
     names = content.chunks[-1] or content.chunks[0]
     return legacy == any(name.startswith(("language_model.", "word_embeddings")) for name in names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from collections.abc import Mapping as Dict
 from dataclasses import dataclass, field
 
@@ -76,7 +76,7 @@ def layer_count(names: Iterable[str], where: str) -> int:
 
 
 def measure(
-    first: Dict[str, Shape], last: Dict[str, Shape], layers: list[Dict[str, Shape]], names: Names, tp: int, ep: int
+    first: Dict[str, Shape], last: Dict[str, Shape], layers: Sequence[Dict[str, Shape]], names: Names, tp: int, ep: int
 ) -> Measured:
     """`first` and `last`: names and shapes of the chunks with embedding and head; `layers`: of one rank of every layer, in order."""
     out = Measured(facts={"layers": len(layers)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ckptconv.containers import torch_file
 from ckptconv.containers.pickled import Namespace, Opaque, bytes_of
@@ -48,10 +49,10 @@ def read_rank(file: RankFile, check: bool, rename: Callable[[str], str]) -> Rank
     return RankContent(
         file,
         tuple(_tensors(saved[key], rename, f"{file.path}: {key}") for key in _chunk_keys(saved, file)),
-        _args(saved, file),
+        args_of(saved, file.path),
         _version(saved, file),
-        _iteration(saved, file),
-        tuple(_state(saved)),
+        step_of(saved, file.path),
+        tuple(state_of(saved)),
         (
             *sorted(str(k)[:60] for k in saved if k not in KNOWN and not _CHUNK.fullmatch(str(k))),
             *(word for key in _chunk_keys(saved, file) for word in _scaling(saved[key], f"{file.path}: {key}")),
@@ -93,12 +94,13 @@ def _tensors(model: object, rename: Callable[[str], str], where: str) -> dict[st
 def _scaling(model: object, where: str) -> Iterator[str]:
     """A word for `_extra_state` entries that hold something: scaling factors of fp8 training, for which there is no place."""
     for name, value in _flat(model, "", 0, where) if isinstance(model, dict) else ():
-        if name.endswith("_extra_state") and _size(value) > NOTHING_SAVED:
+        if name.endswith("_extra_state") and size_of(value) > NOTHING_SAVED:
             yield "_extra_state with contents (fp8 scaling factors)"
             return
 
 
-def _size(value: object) -> int:
+def size_of(value: object) -> int:
+    """How much an `_extra_state` entry holds."""
     if isinstance(value, Tensor):
         return value.nbytes
     return len(bytes_of(value) or b"") if isinstance(value, Opaque) else 0
@@ -116,12 +118,12 @@ def _flat(table: dict[object, object], prefix: str, depth: int, where: str) -> I
             yield prefix + key, value
 
 
-def _args(saved: dict[object, object], file: RankFile) -> dict[str, object] | None:
+def args_of(saved: dict[object, object], where: Path) -> dict[str, object] | None:
     args = saved.get("args")
     if args is None:
         return None
     if not isinstance(args, Namespace):
-        raise FormatError(file.path, f"args are a {type(args).__name__}, expected an argparse.Namespace")
+        raise FormatError(where, f"args are a {type(args).__name__}, expected an argparse.Namespace")
     return dict(args.__dict__)
 
 
@@ -134,16 +136,16 @@ def _version(saved: dict[object, object], file: RankFile) -> float | None:
     return float(str(version))
 
 
-def _iteration(saved: dict[object, object], file: RankFile) -> int | None:
+def step_of(saved: dict[object, object], where: Path) -> int | None:
     step = saved.get("iteration", saved.get("total_iters"))
     if step is None:
         return None
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise FormatError(file.path, f"iteration is {step!r}, expected a number")
+        raise FormatError(where, f"iteration is {step!r}, expected a number")
     return step
 
 
-def _state(saved: dict[object, object]) -> Iterator[str]:
+def state_of(saved: dict[object, object]) -> Iterator[str]:
     """Training state, in words a user knows."""
     optimizer = saved.get("optimizer")
     if optimizer is not None:

@@ -37,6 +37,7 @@ class Form:
     local: bool = False
     experts: str = ""
     legacy: bool = False
+    ckpt_format: str = "torch"
 
 
 def divisor(extras: Extras, request: Request) -> int:
@@ -72,20 +73,14 @@ def save(stored: Stored, wanted: int | str | None, request: Request, form: Form)
     """All files. The tracker is written last: a folder without it is no checkpoint to Megatron."""
     if slots := sorted({k.slot for tensors in stored.ranks.values() for k in tensors} - {"param"}):
         raise ConfigError(f"optimizer state ({', '.join(slots)}) cannot be written yet: --optimizer drop leaves it out")
-    step = _step(wanted, stored.extras.step)
+    step = step_to_write(wanted, stored.extras.step)
     subject = Subject(
-        stored.config, stored.topology, form.core, _dtype(stored), divisor(stored.extras, request), form.local, form.legacy,
-        form.experts, carried(stored.extras),
+        stored.config, stored.topology, form.core, stored_dtype(stored), divisor(stored.extras, request), form.local,
+        form.legacy, form.experts, carried=carried(stored.extras),
     )  # fmt: skip
     args = write_args(subject)
     files = [_rank_file(stored, process, args, step, form) for process in stored.topology.processes()]
-    files += [
-        _copy(name, source)
-        for name, source in sorted(stored.extras.files.items())
-        if is_side_file(name) or name == CONFIG
-    ]
-    text = str(step).encode()
-    files.append(File(TRACKER, len(text), (Segment(0, text),), final=True))
+    files += [*hf_files(stored.extras), final_file(TRACKER, str(step).encode())]
     about: dict[str, object] = {
         "iteration": step,
         "mcore_version": show(form.core.version),
@@ -94,7 +89,8 @@ def save(stored: Stored, wanted: int | str | None, request: Request, form: Form)
     return Plan(tuple(files), about=about)
 
 
-def _step(wanted: int | str | None, source: int | str | None) -> int | str:
+def step_to_write(wanted: int | str | None, source: int | str | None) -> int | str:
+    """The iteration as asked for, else the source's, else the first."""
     step = wanted if wanted is not None else source if source is not None else 1
     if step == RELEASE:
         return RELEASE
@@ -103,7 +99,7 @@ def _step(wanted: int | str | None, source: int | str | None) -> int | str:
     return int(step)
 
 
-def _dtype(stored: Stored) -> DType:
+def stored_dtype(stored: Stored) -> DType:
     """The dtype the model is said to be in: that of most bytes."""
     total: dict[DType, int] = {}
     for tensors in stored.ranks.values():
@@ -149,6 +145,16 @@ def nested(flat: Dict[str, object]) -> dict[object, object]:
 def _split(name: str) -> list[str]:
     head, found, rest = name.partition("language_model.encoder.")
     return ["language_model", "encoder", rest] if found and not head else name.split(".")
+
+
+def hf_files(extras: Extras) -> list[File]:
+    """The Hugging Face files that travel along, in `hf/`."""
+    files = sorted(extras.files.items())
+    return [_copy(name, source) for name, source in files if is_side_file(name) or name == CONFIG]
+
+
+def final_file(path: str, text: bytes) -> File:
+    return File(path, len(text), (Segment(0, text),), final=True)
 
 
 def _copy(name: str, source: Source) -> File:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from shlex import quote
 
 from ckptconv.checkpoint import Stored
-from ckptconv.mapping import Mapping
 from ckptconv.megatron.args_table import layer_freq, whole
 from ckptconv.megatron.args_write import notes
-from ckptconv.megatron.saving import DIVISOR, vocab_rows
+from ckptconv.megatron.saving import DIVISOR, Form, vocab_rows
 from ckptconv.megatron.stages import pipeline_args
-from ckptconv.megatron.versions import NEWEST, Core
+from ckptconv.megatron.versions import Core
 
+ANY_LAYOUT = (
+    "--tensor-model-parallel-size TP --pipeline-model-parallel-size PP (and any others: all layouts can load it)"
+)
 PIPELINE_FLAGS = {
     "num_layers_per_virtual_pipeline_stage": "--num-layers-per-virtual-pipeline-stage",
     "num_virtual_stages_per_pipeline_rank": "--num-virtual-stages-per-pipeline-rank",
@@ -23,24 +25,21 @@ PIPELINE_FLAGS = {
 }
 
 
-def usage(stored: Stored, dst: str, *, legacy: bool) -> str:
+def usage(stored: Stored, dst: str, form: Form) -> str:
     """Lines to put on a Megatron-LM command line."""
-    flags = [*_files(stored, dst, legacy=legacy), *_layout(stored), *_model(stored), *_experts(stored)]
-    lines = [f"Megatron-LM flags ({'pretrain_gpt.py --use-legacy-models' if legacy else 'pretrain_gpt.py'}):"]
+    layout = _layout(stored, form.core) if form.ckpt_format == "torch" else [ANY_LAYOUT]
+    flags = [*_files(stored, dst, form), *layout, *_model(stored), *_experts(stored, form)]
+    lines = [f"Megatron-LM flags ({'pretrain_gpt.py --use-legacy-models' if form.legacy else 'pretrain_gpt.py'}):"]
     lines += [f"  {flag}" for flag in flags]
-    lines += [f"note: {note}" for note in notes(stored.config, Core(NEWEST), legacy=legacy)]
+    lines += [f"note: {note}" for note in notes(stored.config, form.core, legacy=form.legacy)]
     return "\n".join(lines)
 
 
-def is_local(mapping: Mapping) -> bool:
-    """Whether the names are those of Megatron-Core's own modules; a user's mapping may extend them."""
-    return "mcore-local" in (mapping.name, mapping.extends)
-
-
-def _files(stored: Stored, dst: str, *, legacy: bool) -> list[str]:
-    impl = "local" if legacy or is_local(stored.mapping) else "transformer_engine"
-    flags = [f"--load {quote(dst)} --ckpt-format torch --no-load-optim --no-load-rng", f"--transformer-impl {impl}"]
-    if legacy:
+def _files(stored: Stored, dst: str, form: Form) -> list[str]:
+    impl = "local" if form.local else "transformer_engine"
+    flags = [f"--load {quote(dst)} --ckpt-format {form.ckpt_format} --no-load-optim --no-load-rng"]
+    flags.append(f"--transformer-impl {impl}")
+    if form.legacy:
         flags.append("--use-legacy-models")
     dtype = stored.config.dtype
     if dtype is not None and dtype.name in ("bf16", "fp16"):
@@ -50,12 +49,12 @@ def _files(stored: Stored, dst: str, *, legacy: bool) -> list[str]:
     return flags
 
 
-def _layout(stored: Stored) -> list[str]:
+def _layout(stored: Stored, core: Core) -> list[str]:
     topology = stored.topology
     flags = [f"--tensor-model-parallel-size {topology.tp} --pipeline-model-parallel-size {topology.pp}"]
     if stored.config.experts:
         flags.append(f"--expert-model-parallel-size {topology.ep} --expert-tensor-parallel-size {topology.etp}")
-    for name, value in pipeline_args(topology, Core(NEWEST)).items():
+    for name, value in pipeline_args(topology, core).items():
         if value is True:
             flags.append(PIPELINE_FLAGS[name])
         elif value not in (None, False):
@@ -97,7 +96,7 @@ def _model(stored: Stored) -> list[str]:
     return [*flags, "--attention-dropout 0 --hidden-dropout 0"]
 
 
-def _experts(stored: Stored) -> list[str]:
+def _experts(stored: Stored, form: Form) -> list[str]:
     config = stored.config
     if not config.experts:
         return []
@@ -107,8 +106,8 @@ def _experts(stored: Stored) -> list[str]:
     flags += ["--moe-router-pre-softmax"] if config.router_pre_softmax else []
     freq = layer_freq(config)
     flags += [f"--moe-layer-freq '{freq}'"] if freq != 1 else []
-    if "experts_te" in stored.variant:
+    if form.experts == "te-grouped":
         flags.append("--moe-grouped-gemm")
-    elif "experts_grouped" in stored.variant:
+    elif form.experts == "grouped":
         flags.append("--moe-grouped-gemm --moe-use-legacy-grouped-gemm")
     return flags

@@ -82,7 +82,7 @@ class FormatContract(DamageContract):
                 make_options(kind, {"no-such-thing": "1"}, side, self.format.name)
 
     def test_usage_names_the_result(self, bench: Bench) -> None:
-        text = self.format.usage(bench.stored(bench.source(), {}), "some/where")
+        text = self.format.usage(bench.stored(bench.source(), {}), "some/where", self.format.Save())
         assert "some/where" in text
 
     # recognising folders

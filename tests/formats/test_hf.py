@@ -347,7 +347,7 @@ def test_unknown_vocabulary_is_asked_for(hf_folders: dict[str, Path]) -> None:
 
 
 def test_usage_says_how_to_load(hf_folders: dict[str, Path]) -> None:
-    text = HF.usage(load(hf_folders["Llama"]), "out/folder")
+    text = HF.usage(load(hf_folders["Llama"]), "out/folder", HF.Save())
     assert "AutoModelForCausalLM.from_pretrained('out/folder'" in text
     assert "AutoTokenizer" not in text
 

@@ -1,0 +1,132 @@
+"""Megatron-Core distributed checkpoints (`--ckpt-format torch_dist`, or zarr): whole tensors, in chunks, whatever the layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ckptconv.checkpoint import Checkpoint, Stored, Target
+from ckptconv.config import ModelConfig
+from ckptconv.errors import TopologyError, UsageError
+from ckptconv.formats import Request
+from ckptconv.formats.mcore import LOCAL, TE
+from ckptconv.mapping_files import chosen
+from ckptconv.megatron import dist_loading, dist_saving, saving
+from ckptconv.megatron.args_write import refuse_inexpressible
+from ckptconv.megatron.dist_loading import TORCH_DIST
+from ckptconv.megatron.extra_state import ExtraState
+from ckptconv.megatron.folders import is_distributed, looks_like
+from ckptconv.megatron.usage import usage
+from ckptconv.megatron.versions import NEWEST, PORTABLE_TE, Core, core_version, show, te_version
+from ckptconv.plan import Plan
+from ckptconv.topology import Topology, even
+
+LAYERS = {"stacked": "mcore-dist-stacked", "separate": "mcore-dist"}
+CHUNKS = ("layer", "whole")
+DEGREES = ("tp", "pp", "vpp", "ep", "etp")
+
+
+@dataclass(frozen=True, slots=True)
+class McoreDistLoad:
+    """What the files may not say, or say wrongly."""
+
+    config: Path | None = field(
+        default=None, metadata={"help": "Hugging Face folder or config.json that states what args lack or have wrong"}
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class McoreDistSave:
+    """How tensors are filed, and for which versions."""
+
+    layers: str | None = field(
+        default=None,
+        metadata={
+            "help": "stacked: one tensor for a kind of weight in all layers; separate: one for each layer "
+            "(default: as the source, else stacked where all layers are alike)"
+        },
+    )
+    chunk: str = field(
+        default="layer", metadata={"help": "layer: a chunk for each layer and expert; whole: one for each tensor"}
+    )
+    files: int | None = field(default=None, metadata={"help": "number of .distcp files (default: one for each 5 GB)"})
+    transformer_impl: str = field(
+        default=TE, metadata={"help": f"modules that load it, {TE} or {LOCAL}: decides the _extra_state entries"}
+    )
+    mcore_version: str = field(
+        default=show(NEWEST), metadata={"help": "oldest Megatron-Core that must load the files, 0.9 to 0.16"}
+    )
+    te_version: str = field(
+        default=show(PORTABLE_TE),
+        metadata={"help": "TransformerEngine that loads them: decides the kind of _extra_state"},
+    )
+    iteration: int | str | None = field(
+        default=None, metadata={"help": "iteration to save as, or release (default: the source's; 1 from Hugging Face)"}
+    )
+
+
+class McoreDist:
+    """Megatron-Core GPT models as `iter_XXXXXXX/*.distcp` with `.metadata`, `metadata.json` and `common.pt`."""
+
+    name = "mcore-dist"
+    summary = "Megatron-Core, distributed (--ckpt-format torch_dist; zarr is read)"
+    aliases: tuple[str, ...] = ("torch_dist", "torch-dist", "zarr")
+    Load = McoreDistLoad
+    Save = McoreDistSave
+
+    def sniff(self, path: Path) -> bool:
+        return path.is_dir() and looks_like(path, is_distributed)
+
+    def load(self, path: Path, options: McoreDistLoad, request: Request) -> Stored:
+        return dist_loading.load(path, options.config, request, self.name)
+
+    def target(self, checkpoint: Checkpoint, topology: Topology, options: McoreDistSave, request: Request) -> Target:
+        config = checkpoint.config
+        if given := [name for name in DEGREES if topology.degree(name) != 1]:
+            flags = ", ".join(f"--{name}" for name in given)
+            raise TopologyError(
+                f"a distributed checkpoint holds whole tensors, cut when Megatron loads it: no {flags} for it"
+            )
+        if options.chunk not in CHUNKS:
+            raise UsageError(f"--saver.chunk {options.chunk}: choose {' or '.join(CHUNKS)}")
+        core, _ = _versions(options)
+        refuse_inexpressible(config, core, legacy=False)
+        mapping = chosen(LAYERS[_layers(checkpoint, options)], request.mappings)
+        rows = saving.vocab_rows(config, topology, saving.divisor(checkpoint.extras, request))
+        return Target(mapping, frozenset({"norm_apart"}), even(config.layers), rows)
+
+    def save(self, stored: Stored, options: McoreDistSave, request: Request) -> Plan:
+        filing = dist_saving.Filing(options.files, whole=options.chunk == "whole")
+        return dist_saving.save(stored, options.iteration, request, _form(options), filing)
+
+    def usage(self, stored: Stored, dst: str, options: McoreDistSave) -> str:
+        return usage(stored, dst, _form(options))
+
+
+def _form(options: McoreDistSave) -> saving.Form:
+    core, te = _versions(options)
+    local = options.transformer_impl == LOCAL
+    experts = "sequential" if local else "te-grouped"  # on disk they are the same
+    extra = ExtraState(core, None if local else te, "sequential")
+    return saving.Form(core, extra, local=local, experts=experts, ckpt_format=TORCH_DIST)
+
+
+def _versions(options: McoreDistSave) -> tuple[Core, tuple[int, int]]:
+    if options.transformer_impl not in (TE, LOCAL):
+        raise UsageError(f"--saver.transformer-impl {options.transformer_impl}: choose {TE} or {LOCAL}")
+    return Core(core_version(options.mcore_version)), te_version(options.te_version)
+
+
+def _layers(checkpoint: Checkpoint, options: McoreDistSave) -> str:
+    """How layers are filed: as asked for, else as in the source, else stacked where that can be."""
+    if options.layers is not None and options.layers not in LAYERS:
+        raise UsageError(f"--saver.layers {options.layers}: choose {' or '.join(LAYERS)}")
+    mixed = _mixed(checkpoint.config)
+    if options.layers == "stacked" and mixed:
+        raise UsageError("--saver.layers stacked: the layers are not alike (some have experts); use separate")
+    source = next((n for n, mapping in LAYERS.items() if checkpoint.origin.mapping == mapping), None)
+    return options.layers or ("separate" if mixed else source or "stacked")
+
+
+def _mixed(config: ModelConfig) -> bool:
+    return 0 < len(config.moe_layers) < config.layers

@@ -1,0 +1,119 @@
+"""A distributed checkpoint (torch_dist, zarr) to a Stored one: whole tensors, whichever ranks wrote them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Mapping as Dict
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptconv.checkpoint import Extras, Key, Stored
+from ckptconv.containers import dcp, json_file, torch_file
+from ckptconv.dialect import detect
+from ckptconv.errors import FormatError
+from ckptconv.formats import Request
+from ckptconv.mapping_files import chosen
+from ckptconv.megatron import hf_beside
+from ckptconv.megatron.architecture import Evidence, resolve
+from ckptconv.megatron.args_read import refuse_unsupported
+from ckptconv.megatron.dist_keys import is_separate, measure_whole, sort_keys
+from ckptconv.megatron.folders import open_distributed
+from ckptconv.megatron.rank_file import KNOWN, NOTHING_SAVED, args_of, size_of, state_of, step_of
+from ckptconv.tensor import Shape, Tensor
+from ckptconv.topology import Rank, even
+
+COMMON, TELLING = "common.pt", "metadata.json"
+TORCH_DIST, ZARR = "torch_dist", "zarr"
+BLOB = 2048  # bytes; a blob with nothing in it takes 1.1 to 1.5 kB
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a backend found: shapes and objects by key, and how to get at them."""
+
+    shapes: Dict[str, Shape]
+    objects: Dict[str, int]  # key -> bytes
+    tensors: Callable[[list[str]], dict[str, Tensor]]
+    value: Callable[[str], object]
+
+
+def load(path: Path, config: Path | None, request: Request, format_name: str) -> Stored:
+    """Describe the checkpoint from its metadata and the headers of its blobs."""
+    iteration = open_distributed(path, request.iteration)
+    folder = iteration.folder
+    contents = _contents(folder)
+    keys = sort_keys(contents.shapes, contents.objects)
+    common = _common(folder)
+    args, where = args_of(common, folder / COMMON), f"{COMMON} args"
+    if args is not None:
+        refuse_unsupported(args, where)
+    measured = measure_whole({key: contents.shapes[key] for key in keys.model})
+    if not measured.rows:
+        raise FormatError(folder, "has no embedding.word_embeddings.weight: it is no language model of Megatron-Core")
+    beside = hf_beside.find(config, iteration.hf, request)
+    family = hf_beside.family(request)
+    rows_note, told = _without_rows(args, measured.rows)
+    evidence = Evidence(
+        measured, told, where, beside.config, beside.where, beside.given, family.name if family else None, request.vocab
+    )  # fmt: skip
+    architecture, notes = resolve(evidence)
+    topology = even(architecture.layers)
+    ranks = {Rank(): {Key(name): tensor for name, tensor in contents.tensors(list(keys.model)).items()}}
+    forms = ("mcore-dist", "mcore-dist-singleton") if is_separate(keys.model) else ("mcore-dist-stacked",)
+    mapping, variant = detect([chosen(form, request.mappings) for form in forms], architecture, topology, ranks)
+    strays = [*keys.strays, *sorted(str(k)[:60] for k in common if k not in KNOWN)]
+    if any(contents.objects[key] > BLOB and _holds_something(contents.value(key)) for key in keys.extra):
+        strays.append("_extra_state with contents (fp8 scaling factors)")
+    notes += (*rows_note, *((f"left behind: {', '.join(strays)}",) if strays else ()))
+    extras = Extras(
+        step=step_of(common, folder / COMMON) if iteration.step is None else iteration.step, files=beside.files, notes=notes,
+        objects={"args": args or {}, "state": list(dict.fromkeys([*state_of(common), *keys.state]))},
+    )  # fmt: skip
+    return Stored(format_name, mapping, variant, topology, architecture, ranks, {Rank(): folder.name}, extras)
+
+
+def backend(folder: Path) -> str:
+    """What `metadata.json` says the tensors are stored as; torch's own files have none."""
+    told = folder / TELLING
+    if not told.exists():
+        return TORCH_DIST
+    name = json_file.read(told).get("sharded_backend")
+    if name not in (TORCH_DIST, ZARR):
+        raise FormatError(told, f"sharded_backend is {name!r}; known are {TORCH_DIST} and {ZARR}")
+    return str(name)
+
+
+def _contents(folder: Path) -> Contents:
+    if backend(folder) == ZARR:
+        raise FormatError(folder, "is a zarr checkpoint")
+    found = dcp.read(folder)
+    return Contents(
+        {key: entry.shape for key, entry in found.tensors.items()},
+        {key: item.nbytes for key, item in found.objects.items()},
+        lambda keys: dcp.tensors(found, keys),
+        lambda key: dcp.value(found.objects[key]),
+    )
+
+
+def _common(folder: Path) -> dict[object, object]:
+    """What is not cut over ranks; files that torch alone wrote have none of it."""
+    path = folder / COMMON
+    if not path.exists():
+        return {}
+    saved = torch_file.read(path)
+    if not isinstance(saved, dict):
+        raise FormatError(path, f"holds a {type(saved).__name__}, expected a dictionary")
+    return saved
+
+
+def _without_rows(args: dict[str, object] | None, rows: int) -> tuple[tuple[str, ...], dict[str, object] | None]:
+    """A distributed checkpoint may hold other vocabulary rows than its args say: Megatron-Core then pads or cuts when it loads."""
+    said = args.get("padded_vocab_size") if args is not None else None
+    if args is None or said in (None, rows):
+        return (), args
+    return (f"padded_vocab_size: args say {said}, the embedding has {rows} rows",), {**args, "padded_vocab_size": rows}
+
+
+def _holds_something(saved: object) -> bool:
+    value = saved[0] if isinstance(saved, list) and len(saved) == 1 else saved
+    return size_of(value) > NOTHING_SAVED

@@ -200,7 +200,10 @@ class Pickler:
             self.out.append(_BUILD)
 
     def _known(self, value: Known, path: str) -> None:
-        self._checked_global(value.cls.module, value.cls.name, path)
+        if value.cls in self.texts:
+            self.global_(value.cls)
+        else:
+            self._checked_global(value.cls.module, value.cls.name, path)
         self.out.append(b")" + _NEWOBJ)
         self._shared(value)
         if value.state is not None:

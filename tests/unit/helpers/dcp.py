@@ -49,6 +49,17 @@ def load(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+def load_objects(folder: Path) -> dict[str, Any]:
+    """All objects of a folder, by torch's reader."""
+    reader = FileSystemReader(folder)
+    told = reader.read_metadata().state_dict_metadata
+    state: dict[str, Any] = {key: None for key, value in told.items() if isinstance(value, BytesStorageMetadata)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch_load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
 def grid(rng: random.Random, shape: Sequence[int], cuts: int) -> list[Box]:
     """Boxes that tile a shape: cut in two at random, again and again, in any order."""
     boxes: list[Box] = [tuple((0, n) for n in shape)]

@@ -8,15 +8,18 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice, product
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from ckptconv import coding
 from ckptconv.assemble import Part, assemble
 from ckptconv.containers import zarr2_header
+from ckptconv.containers.ranges import locate
 from ckptconv.containers.zarr2_header import HEADER, Header
 from ckptconv.dtypes import DType
 from ckptconv.errors import FormatError
@@ -58,8 +61,9 @@ class Entry:
         return math.prod(self.header.grid) - len(self.present)
 
     def missing_names(self, most: int) -> list[str]:
-        absent = (index for index in product(*map(range, self.header.grid)) if index not in self.present)
-        return [self.header.name_of(index) for index in islice(absent, most)]
+        grid = self.header.grid  # perhaps an endless one: never listed
+        every = (tuple(map(int, np.unravel_index(i, grid))) for i in range(math.prod(grid)))
+        return [self.header.name_of(index) for index in islice((i for i in every if i not in self.present), most)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +83,9 @@ def read(folder: Path) -> Zarr:
     return interpret(str(folder), files, problems)
 
 
-def interpret(where: str, files: Mapping[str, Source], problems: list[str] | None = None) -> Zarr:
+def interpret(where: str, files: Mapping[str, Source], problems: Sequence[str] = ()) -> Zarr:
     """What files with these names make, be they of a folder or an archive; all that is wrong is in one FormatError."""
-    problems = list(problems or ())
+    problems = list(problems)
     folders: dict[str, dict[str, Source]] = {}
     others: dict[str, Source] = {}
     for path, source in files.items():
@@ -105,20 +109,26 @@ def interpret(where: str, files: Mapping[str, Source], problems: list[str] | Non
     return Zarr(where, tensors, objects, others)
 
 
-def tensors(zarr: Zarr, missing: Literal["fill", "zero"] = "fill") -> dict[str, Tensor]:
-    """Every array as a lazy tensor. A chunk that is not there is the fill value; with "zero", 0 where there is none."""
+def tensors(
+    zarr: Zarr, keys: Collection[str] | None = None, *, missing: Literal["fill", "zero"] = "fill"
+) -> dict[str, Tensor]:
+    """Every array, or those named, as a lazy tensor.
+
+    A chunk that is not there is the fill value; where there is none either, it is an error, or 0 if that is wished.
+    """
+    entries = {key: zarr.tensors[key] for key in (zarr.tensors if keys is None else keys)}
     lost = [
         f"{key}: {entry.missing:,} of {math.prod(entry.header.grid):,} chunks are not there "
         f"({', '.join(entry.missing_names(3))}{', …' if entry.missing > 3 else ''}) and no fill_value stands for them"
-        for key, entry in zarr.tensors.items()
+        for key, entry in entries.items()
         if entry.missing and entry.header.fill is None and missing != "zero"
     ]
     if lost:
-        advice = "was the checkpoint copied whole? To take zeros for them: --zarr-missing zero"
+        advice = "was the checkpoint copied whole? To take zeros for them: --loader.zarr-missing zero"
         raise FormatError(zarr.where, f"{_listed('lacks values', lost)}\n{advice}")
-    if any(entry.header.codec for entry in zarr.tensors.values()):
+    if any(entry.header.codec for entry in entries.values()):
         coding.require()
-    return {key: _tensor(entry) for key, entry in zarr.tensors.items()}
+    return {key: _tensor(entry) for key, entry in entries.items()}
 
 
 def _tensor(entry: Entry) -> Tensor:
@@ -166,7 +176,9 @@ def _entry(held: Mapping[str, Source], where: str, problems: list[str]) -> Entry
         if name in (HEADER, ATTRIBUTES):
             continue
         try:
-            present[_index(name, header)] = _sized(source, header)
+            index = _index(name, header)
+            _check_size(source.nbytes, header)
+            present[index] = source
         except ValueError as error:
             problems.append(f"{where}/{name}: {error}")
     return Entry(header, present)
@@ -185,13 +197,12 @@ def _index(name: str, header: Header) -> Shape:
     return index
 
 
-def _sized(source: Source, header: Header) -> Source:
-    size, whole = source.nbytes, header.chunk_nbytes
+def _check_size(size: int, header: Header) -> None:
+    whole = header.chunk_nbytes
     if header.codec and not 0 < size <= whole + whole // 8 + (1 << 16):  # what does not compress grows a little
         raise ValueError(f"has {size:,} bytes, which cannot be a compressed chunk of {whole:,}")
     if not header.codec and size != whole:
         raise ValueError(f"has {size:,} bytes, expected {whole:,} of a whole chunk; is it truncated?")
-    return source
 
 
 def _objects(key: str, held: Mapping[str, Source]) -> dict[str, Source]:
@@ -223,10 +234,11 @@ def _walk(folder: str, above: str, home: str, problems: list[str]) -> Iterator[t
             yield from _walk(item.path, f"{name}/", home, problems)
         elif item.is_symlink() and os.path.commonpath([home, os.path.realpath(item.path)]) != home:
             problems.append(f"{item.path}: is a link that leaves the folder; put the file itself there")
-        elif item.is_file():
-            yield name, Source(item.path, 0, item.stat().st_size)
         else:
-            problems.append(f"{item.path}: is no regular file")
+            try:
+                yield name, locate(item.path)
+            except FormatError as error:
+                problems.append(str(error))
 
 
 def _listed(title: str, problems: list[str]) -> str:

@@ -13,7 +13,7 @@ from ckptconv.formats.mcore import LOCAL, TE
 from ckptconv.mapping_files import chosen
 from ckptconv.megatron import dist_loading, dist_saving, saving
 from ckptconv.megatron.args_write import refuse_inexpressible
-from ckptconv.megatron.dist_loading import TORCH_DIST
+from ckptconv.megatron.dist_loading import TORCH_DIST, ZARR
 from ckptconv.megatron.extra_state import ExtraState
 from ckptconv.megatron.folders import is_distributed, looks_like
 from ckptconv.megatron.usage import usage
@@ -23,6 +23,8 @@ from ckptconv.topology import Topology, even
 
 LAYERS = {"stacked": "mcore-dist-stacked", "separate": "mcore-dist"}
 CHUNKS = ("layer", "whole")
+MISSING = ("fill", "zero")
+BACKENDS = (TORCH_DIST, ZARR)
 DEGREES = ("tp", "pp", "vpp", "ep", "etp")
 
 
@@ -33,12 +35,19 @@ class McoreDistLoad:
     config: Path | None = field(
         default=None, metadata={"help": "Hugging Face folder or config.json that states what args lack or have wrong"}
     )
+    zarr_missing: str = field(
+        default="fill",
+        metadata={
+            "help": "zarr chunks that are not there: fill (the array's fill value; an error if it has none), or zero"
+        },
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class McoreDistSave:
     """How tensors are filed, and for which versions."""
 
+    backend: str = field(default=TORCH_DIST, metadata={"help": f"{TORCH_DIST}, or {ZARR} for Megatron-Core up to 0.15"})
     layers: str | None = field(
         default=None,
         metadata={
@@ -69,7 +78,7 @@ class McoreDist:
     """Megatron-Core GPT models as `iter_XXXXXXX/*.distcp` with `.metadata`, `metadata.json` and `common.pt`."""
 
     name = "mcore-dist"
-    summary = "Megatron-Core, distributed (--ckpt-format torch_dist; zarr is read)"
+    summary = "Megatron-Core, distributed (--ckpt-format torch_dist, or zarr)"
     aliases: tuple[str, ...] = ("torch_dist", "torch-dist", "zarr")
     Load = McoreDistLoad
     Save = McoreDistSave
@@ -78,7 +87,9 @@ class McoreDist:
         return path.is_dir() and looks_like(path, is_distributed)
 
     def load(self, path: Path, options: McoreDistLoad, request: Request) -> Stored:
-        return dist_loading.load(path, options.config, request, self.name)
+        if options.zarr_missing not in MISSING:
+            raise UsageError(f"--loader.zarr-missing {options.zarr_missing}: choose {' or '.join(MISSING)}")
+        return dist_loading.load(path, options.config, request, self.name, options.zarr_missing)
 
     def target(self, checkpoint: Checkpoint, topology: Topology, options: McoreDistSave, request: Request) -> Target:
         config = checkpoint.config
@@ -87,16 +98,19 @@ class McoreDist:
             raise TopologyError(
                 f"a distributed checkpoint holds whole tensors, cut when Megatron loads it: no {flags} for it"
             )
-        if options.chunk not in CHUNKS:
-            raise UsageError(f"--saver.chunk {options.chunk}: choose {' or '.join(CHUNKS)}")
+        _check_choices(options)
         core, _ = _versions(options)
+        if options.backend == ZARR and not core.has_zarr:
+            raise UsageError(
+                f"--saver.backend {ZARR}: Megatron-Core {show(core.version)} cannot load it; give --mcore-version 0.15 or older"
+            )
         refuse_inexpressible(config, core, legacy=False)
         mapping = chosen(LAYERS[_layers(checkpoint, options)], request.mappings)
         rows = saving.vocab_rows(config, topology, saving.divisor(checkpoint.extras, request))
         return Target(mapping, frozenset({"norm_apart"}), even(config.layers), rows)
 
     def save(self, stored: Stored, options: McoreDistSave, request: Request) -> Plan:
-        filing = dist_saving.Filing(options.files, whole=options.chunk == "whole")
+        filing = dist_saving.Filing(options.backend, options.files, whole=options.chunk == "whole")
         return dist_saving.save(stored, options.iteration, request, _form(options), filing)
 
     def usage(self, stored: Stored, dst: str, options: McoreDistSave) -> str:
@@ -108,19 +122,26 @@ def _form(options: McoreDistSave) -> saving.Form:
     local = options.transformer_impl == LOCAL
     experts = "sequential" if local else "te-grouped"  # on disk they are the same
     extra = ExtraState(core, None if local else te, "sequential")
-    return saving.Form(core, extra, local=local, experts=experts, ckpt_format=TORCH_DIST)
+    return saving.Form(core, extra, local=local, experts=experts, ckpt_format=options.backend)
+
+
+def _check_choices(options: McoreDistSave) -> None:
+    for name, given, known in (
+        ("backend", options.backend, BACKENDS),
+        ("chunk", options.chunk, CHUNKS),
+        ("transformer-impl", options.transformer_impl, (TE, LOCAL)),
+        ("layers", options.layers, (None, *LAYERS)),
+    ):
+        if given not in known:
+            raise UsageError(f"--saver.{name} {given}: choose {' or '.join(k for k in known if k)}")
 
 
 def _versions(options: McoreDistSave) -> tuple[Core, tuple[int, int]]:
-    if options.transformer_impl not in (TE, LOCAL):
-        raise UsageError(f"--saver.transformer-impl {options.transformer_impl}: choose {TE} or {LOCAL}")
     return Core(core_version(options.mcore_version)), te_version(options.te_version)
 
 
 def _layers(checkpoint: Checkpoint, options: McoreDistSave) -> str:
     """How layers are filed: as asked for, else as in the source, else stacked where that can be."""
-    if options.layers is not None and options.layers not in LAYERS:
-        raise UsageError(f"--saver.layers {options.layers}: choose {' or '.join(LAYERS)}")
     mixed = _mixed(checkpoint.config)
     if options.layers == "stacked" and mixed:
         raise UsageError("--saver.layers stacked: the layers are not alike (some have experts); use separate")

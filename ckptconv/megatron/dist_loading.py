@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptconv.checkpoint import Extras, Key, Stored
-from ckptconv.containers import dcp, json_file, torch_file
+from ckptconv.containers import dcp, json_file, torch_file, zarr2
 from ckptconv.dialect import detect
 from ckptconv.errors import FormatError
 from ckptconv.formats import Request
@@ -37,11 +37,11 @@ class Contents:
     value: Callable[[str], object]
 
 
-def load(path: Path, config: Path | None, request: Request, format_name: str) -> Stored:
+def load(path: Path, config: Path | None, request: Request, format_name: str, zarr_missing: str = "fill") -> Stored:
     """Describe the checkpoint from its metadata and the headers of its blobs."""
     iteration = open_distributed(path, request.iteration)
     folder = iteration.folder
-    contents = _contents(folder)
+    contents = _zarr(folder, zarr_missing) if backend(folder) == ZARR else _torch_dist(folder)
     keys = sort_keys(contents.shapes, contents.objects)
     common = _common(folder)
     args, where = args_of(common, folder / COMMON), f"{COMMON} args"
@@ -83,15 +83,23 @@ def backend(folder: Path) -> str:
     return str(name)
 
 
-def _contents(folder: Path) -> Contents:
-    if backend(folder) == ZARR:
-        raise FormatError(folder, "is a zarr checkpoint")
+def _torch_dist(folder: Path) -> Contents:
     found = dcp.read(folder)
     return Contents(
         {key: entry.shape for key, entry in found.tensors.items()},
         {key: item.nbytes for key, item in found.objects.items()},
         lambda keys: dcp.tensors(found, keys),
         lambda key: dcp.value(found.objects[key]),
+    )
+
+
+def _zarr(folder: Path, missing: str) -> Contents:
+    found = zarr2.read(folder)
+    return Contents(
+        {key: entry.shape for key, entry in found.tensors.items()},
+        {key: source.nbytes for key, source in found.objects.items()},
+        lambda keys: zarr2.tensors(found, keys, missing="zero" if missing == "zero" else "fill"),
+        lambda key: torch_file.read(found.objects[key]),
     )
 
 

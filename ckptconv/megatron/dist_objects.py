@@ -17,16 +17,12 @@ _EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 
 
 def objects(config: ModelConfig, extra: ExtraState, *, stacked: bool) -> dict[str, object]:
-    """What a model that one process holds has in its state_dict, under the keys that all processes share.
-
-    Each is a list of one, as Megatron-Core saves it; equal ones are one list.
-    """
+    """What a model that one process holds has in its state_dict, under the keys that all processes share."""
     variant = frozenset({"experts_sequential"})
     table = bind(load_mapping("mcore"), variant, config, even(config.layers), Rank())
     entries = extra.beside({row.stored: Fill((0,), UINT8) for row in table}, last=False)
-    lists: dict[str, list[object]] = {}
     return {
-        _key(name, config, stacked=stacked): lists.setdefault(repr(value), [value])
+        _key(name, config, stacked=stacked): value
         for name, value in entries.items()
         if name.endswith(NAME) and not name.startswith("output_layer.")  # Megatron-Core leaves that one out
     }

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from collections.abc import Mapping as Dict
 from dataclasses import dataclass
 from itertools import product
 
 from ckptconv.assemble import Box
 from ckptconv.checkpoint import Stored
-from ckptconv.containers import dcp_write, torch_write
+from ckptconv.containers import dcp_write, torch_write, zarr2_write
 from ckptconv.errors import ConfigError, UsageError
 from ckptconv.formats import Request
 from ckptconv.megatron.args_table import Subject
 from ckptconv.megatron.args_write import notes, write_args
-from ckptconv.megatron.dist_loading import COMMON, TELLING, TORCH_DIST
+from ckptconv.megatron.dist_loading import COMMON, TELLING, TORCH_DIST, ZARR
 from ckptconv.megatron.dist_objects import objects
 from ckptconv.megatron.folders import RELEASE, TRACKER, iteration_name
 from ckptconv.megatron.saving import (
@@ -29,15 +30,16 @@ from ckptconv.megatron.saving import (
 )
 from ckptconv.megatron.versions import show
 from ckptconv.plan import File, Plan
-from ckptconv.tensor import Shape
+from ckptconv.tensor import Shape, Tensor
 
 PER_FILE = 5 * 10**9  # bytes; with fewer files than workers, workers wait for each other
 
 
 @dataclass(frozen=True, slots=True)
 class Filing:
-    """Into how many files (None: as many as they need), and whether each tensor is one chunk."""
+    """How tensors are stored, in how many .distcp files (None: as many as they need), and whether each is one chunk."""
 
+    backend: str = TORCH_DIST
     files: int | None = None
     whole: bool = False
 
@@ -52,23 +54,15 @@ def save(stored: Stored, step: int | str | None, request: Request, form: Form, f
     number = step_to_write(step, stored.extras.step)
     folder = iteration_name(number)
     stacked = "l" in stored.mapping.stack
-    cut = {
-        key.name: (tensor, list(_boxes(key.name, tensor.shape, stacked, filing.whole)))
-        for key, tensor in tensors.items()
-    }
-    count = filing.files or max(1, -(-sum(t.nbytes for t in tensors.values()) // PER_FILE))
     entries = objects(stored.config, form.extra, stacked=stacked)
-    telling = {
-        "sharded_backend": TORCH_DIST,
-        "sharded_backend_version": 1,
-        "common_backend": "torch",
-        "common_backend_version": 1,
-    }
+    told = {"sharded_backend": filing.backend, "sharded_backend_version": 1}
+    told |= {"common_backend": "torch", "common_backend_version": 1}  # 0.19 has no use for it
+    sharded = _zarr if filing.backend == ZARR else _torch_dist
     plan: list[File] = [
-        *dcp_write.layout(folder, cut, entries, files=count),
+        *sharded(folder, {key.name: tensor for key, tensor in tensors.items()}, entries, filing, stacked),
         _common(stored, number, request, form, stacked=stacked),
         *hf_files(stored.extras),
-        final_file(f"{folder}/{TELLING}", json.dumps(telling).encode()),
+        final_file(f"{folder}/{TELLING}", json.dumps(told).encode()),
         final_file(TRACKER, str(number).encode()),
     ]
     about: dict[str, object] = {
@@ -94,9 +88,37 @@ def _common(stored: Stored, number: int | str, request: Request, form: Form, *, 
     return torch_write.layout(f"{iteration_name(number)}/{COMMON}", saved)
 
 
-def _boxes(name: str, shape: Shape, stacked: bool, whole: bool) -> Iterator[Box]:
-    """The chunks of a tensor: one for each layer and each expert that its leading axes number."""
-    leading = 0 if whole else (stacked and ".layers." in name) + (".experts.experts." in name)
-    rest = tuple((0, n) for n in shape[leading:])
-    for index in product(*map(range, shape[:leading])):
-        yield (*((i, i + 1) for i in index), *rest)
+def _torch_dist(
+    folder: str, tensors: Dict[str, Tensor], entries: Dict[str, object], filing: Filing, stacked: bool
+) -> list[File]:
+    """Objects are lists of one, as Megatron-Core saves them."""
+    boxes = {
+        key: (tensor, list(_boxes(tensor.shape, _chunk(key, tensor, filing, stacked))))
+        for key, tensor in tensors.items()
+    }
+    count = filing.files or max(1, -(-sum(t.nbytes for t in tensors.values()) // PER_FILE))
+    lists: dict[str, list[object]] = {}  # equal ones are one list
+    listed = {key: lists.setdefault(repr(value), [value]) for key, value in entries.items()}
+    return dcp_write.layout(folder, boxes, listed, files=count)
+
+
+def _zarr(
+    folder: str, tensors: Dict[str, Tensor], entries: Dict[str, object], filing: Filing, stacked: bool
+) -> list[File]:
+    """Objects are files of their own."""
+    chunked = {key: (tensor, _chunk(key, tensor, filing, stacked)) for key, tensor in tensors.items()}
+    loose = [torch_write.layout(f"{folder}/{key}.pt", value) for key, value in entries.items()]
+    return [*zarr2_write.layout(folder, chunked), *loose]
+
+
+def _chunk(key: str, tensor: Tensor, filing: Filing, stacked: bool) -> Shape:
+    """The shape of a tensor's chunks: one for each layer and each expert that its leading axes number."""
+    leading = 0 if filing.whole else (stacked and ".layers." in key) + (".experts.experts." in key)
+    return (*(1 for _ in range(leading)), *tensor.shape[leading:])
+
+
+def _boxes(shape: Shape, chunk: Shape) -> Iterator[Box]:
+    """The grid of chunks of this shape."""
+    starts = (range(0, n, max(step, 1)) for n, step in zip(shape, chunk, strict=True))
+    for start in product(*starts):
+        yield tuple((at, at + step) for at, step in zip(start, chunk, strict=True))

@@ -52,6 +52,11 @@ class Core:
         return self.version >= (0, 16)
 
     @property
+    def has_zarr(self) -> bool:
+        """Distributed checkpoints in zarr: 0.16 took the code away."""
+        return self.version < (0, 16)
+
+    @property
     def rope_scaling(self) -> bool:
         """--use-rope-scaling (Llama 3.1's) came with 0.10; pretrain_gpt.py passes the flag and never the factor, so it is 8."""
         return self.version >= (0, 10)

@@ -161,7 +161,8 @@ def _victim(stored: Stored) -> tuple[Rank, Key]:
     """A tensor in the middle of the model, whose absence says nothing about how large the model is."""
     for rank, tensors in stored.ranks.items():
         for key in tensors:
-            if "1" in key.name.split(".") and len(tensors[key].shape) == 1:
+            stacked = "l" in stored.mapping.stack and ".layers." in key.name  # then all layers are one tensor
+            if (stacked or "1" in key.name.split(".")) and len(tensors[key].shape) == 1 + stacked:
                 return rank, key
     raise AssertionError("no tensor of layer 1 has one axis")
 

@@ -199,7 +199,7 @@ def test_usage_errors_are_2(args: tuple[str, ...], console: Console, models: Pat
 def test_wrong_names_are_answered_with_the_right_ones(console: Console, models: Path, tmp_path: Path) -> None:
     src, out = models / "llama", tmp_path / "out"
     ran = console("convert", src, out, "--saver", "gguf", code=2)
-    assert "hf (huggingface, transformers, llama_mistral), mcore (core, megatron-core), legacy (megatron)" in ran.err
+    assert "hf (huggingface, transformers, llama_mistral), mcore (core, megatron-core), mcore-dist (torch_dist, torch-dist, zarr), legacy (megatron)" in ran.err
     ran = console("convert", src, out, "--saver", "hf", "--saver.experts", "grouped", code=2)
     assert "it has: --saver.max-shard-size, --saver.template, --saver.config-from-args" in ran.err
 
@@ -244,6 +244,7 @@ def test_formats(console: Console) -> None:
     assert [(r["name"], r["aliases"], r["origin"]) for r in rows] == [
         ("hf", ["huggingface", "transformers", "llama_mistral"], "built-in"),
         ("mcore", ["core", "megatron-core"], "built-in"),
+        ("mcore-dist", ["torch_dist", "torch-dist", "zarr"], "built-in"),
         ("legacy", ["megatron"], "built-in"),
     ]
     assert "legacy (megatron): Megatron-LM before Megatron-Core" in console("formats").out

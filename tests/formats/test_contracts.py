@@ -9,6 +9,7 @@ import pytest
 from ckptconv.formats.hf import Hf
 from ckptconv.formats.legacy import Legacy
 from ckptconv.formats.mcore import Mcore
+from ckptconv.formats.mcore_dist import McoreDist
 from ckptconv.mapping_files import mapping_paths
 from ckptconv.registry import BUILT_IN, formats
 from ckptconv.testing import FormatContract, MappingContract
@@ -43,6 +44,19 @@ class TestLegacy(FormatContract):
     options = ({}, {"iteration": "release"})
 
 
+class TestMcoreDist(FormatContract):
+    format = McoreDist()
+    models = ("llama", "llama-tied", "llama-bias", "qwen3", "mixtral")
+    refuses = ({"tp": 2}, {"pp": 2}, {"ep": 2})
+    options = (
+        {},
+        {"layers": "separate", "files": "3"},
+        {"chunk": "whole", "transformer-impl": "local"},
+        {"mcore-version": "0.9", "te-version": "1.8", "iteration": "release"},
+        {"backend": "zarr", "mcore-version": "0.12"},
+    )
+
+
 ALIKE = tuple(name for name in SHAPES if name != "moe-some-layers")
 MAPPINGS: dict[str, dict[str, Any]] = {
     "mcore-dist": {"layouts": ("whole", "tp2"), "refuses": ("tp2",)},
@@ -63,7 +77,7 @@ for _name in mapping_paths():
 
 
 def test_every_built_in_format_has_its_contract() -> None:
-    held = {c.format.name for c in (TestHf, TestMcore, TestLegacy)}
+    held = {c.format.name for c in (TestHf, TestMcore, TestMcoreDist, TestLegacy)}
     assert held == set(BUILT_IN) == {name for name, (origin, _) in formats().items() if origin == "built-in"}
 
 

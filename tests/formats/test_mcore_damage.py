@@ -193,12 +193,12 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], type[CkptconvError], str]] = 
     "distributed checkpoint": (
         lambda f: (f / "iter_0000007/metadata.json").write_text("{}"),
         FormatError,
-        "not supported yet",
+        "--loader mcore-dist",
     ),
     "torch distributed checkpoint": (
         lambda f: (f / "iter_0000007/.metadata").write_bytes(b""),
         FormatError,
-        "not supported yet",
+        "--loader mcore-dist",
     ),
 }
 

@@ -53,7 +53,7 @@ class Decoded:
         self._data = memoryview(b"")
 
 
-def _read(file: Opened, path: str, offset: int, nbytes: int) -> bytes:
+def _read(file: Opened, path: str, offset: int, nbytes: int) -> bytearray:
     data = bytearray(nbytes)
     view, at = memoryview(data), 0
     while at < nbytes:
@@ -61,10 +61,10 @@ def _read(file: Opened, path: str, offset: int, nbytes: int) -> bytes:
         if not got:
             raise FormatError(path, f"ends at byte {offset + at}, {nbytes - at} more are expected; is it truncated?")
         at += got
-    return bytes(data)
+    return data
 
 
-def _decode(codec: str, encoded: bytes, nbytes: int, path: str) -> memoryview:
+def _decode(codec: str, encoded: bytearray, nbytes: int, path: str) -> memoryview:
     """The bytes as an array of one chunk, which tensorstore reads: it refuses what is not of exactly this size."""
     tensorstore = require()
     if codec == "blosc" and len(encoded) >= 8 and (told := int.from_bytes(encoded[4:8], "little")) != nbytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,13 +153,18 @@ def _fill(told: object, dtype: DType, where: str) -> int | None:
     if told is None:
         return None
     value: Any = NOT_FINITE.get(told, told) if isinstance(told, str) and dtype.is_float else told
-    wanted = (int, float) if dtype.is_float else bool if dtype.numpy.kind == "b" else int
-    fits = isinstance(value, wanted) and (isinstance(value, bool) == (dtype.numpy.kind == "b"))
-    try:
-        with np.errstate(over="raise"):
-            array = np.asarray(float(value) if dtype.is_float else value).astype(dtype.numpy) if fits else None
-    except (ArithmeticError, ValueError):
-        array = None
-    if array is None or (not dtype.is_float and array != value):
+    is_bool = dtype.numpy.kind == "b"
+    bits = None
+    if isinstance(value, bool) == is_bool and isinstance(value, (int, float) if dtype.is_float else int):
+        with suppress(ArithmeticError, ValueError), np.errstate(over="ignore"):
+            array: Any = np.asarray(float(value) if dtype.is_float else value).astype(dtype.numpy)
+            kept = _kind(float(array)) == _kind(float(value)) if dtype.is_float else int(array) == value
+            bits = int.from_bytes(array.tobytes(), "little") if kept else None
+    if bits is None:
         raise FormatError(where, f"has fill_value {str(told)[:80]!r}, which is no value of dtype {dtype}")
-    return int.from_bytes(array.tobytes(), "little")
+    return bits
+
+
+def _kind(number: float) -> tuple[bool, bool]:
+    """A float is rounded to the nearest of its dtype, but stays finite, infinite or none."""
+    return math.isinf(number), math.isnan(number)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Iterator
 
 import pytest
 
 from tests.judge.conftest import expected, hf, ids
-from tests.mcore_dist.old_megatron import install
+from tests.mcore_dist.old_megatron import OldMegatron, install, started
 
 __all__ = ["expected", "hf", "ids", "old_megatron"]
 
 
 @pytest.fixture(scope="session")
-def old_megatron() -> None:
-    """Megatron-Core 0.12 is there. Without a package index its tests are skipped, with the reason; never in CI."""
+def old_megatron() -> Iterator[OldMegatron]:
+    """Megatron-Core 0.12, started. Without a package index its tests are skipped, with the reason; in CI they fail."""
     try:
         install()
     except subprocess.CalledProcessError as error:
@@ -25,3 +26,5 @@ def old_megatron() -> None:
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
+    with started() as megatron:
+        yield megatron

@@ -1,4 +1,4 @@
-"""Megatron-Core 0.12, which still saves and loads zarr, as second judge: the same code as the first one's, run in a process of its own."""
+"""Megatron-Core 0.12, which still saves and loads zarr, as second judge: the code of the first one, run in a process of its own."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -40,41 +44,69 @@ def install() -> None:
     draft.rename(place)
 
 
-def old_judge(folder: Path, hf: Path, ids: torch.Tensor, layout: Layout, **options: Any) -> Logits:
-    """`judge_dist_logits` by Megatron-Core 0.12."""
-    found: Logits = _ask("judge", folder, hf, ids, layout, **options)
-    return found
+@dataclass(frozen=True)
+class OldMegatron:
+    """Its process, for as many questions as there are, and what that says besides."""
+
+    process: subprocess.Popen[bytes]
+    said: IO[bytes]
+
+    def judge(self, folder: Path, hf: Path, ids: torch.Tensor, layout: Layout, **options: Any) -> Logits:
+        """`judge_dist_logits` by Megatron-Core 0.12."""
+        found: Logits = self._ask("judge", folder, hf, ids, layout, **options)
+        return found
+
+    def write(self, hf: Path, folder: Path, layout: Layout, **form: Any) -> Path:
+        """`write_dist` by Megatron-Core 0.12."""
+        self._ask("write", hf, folder, layout, **form)
+        return folder
+
+    def _ask(self, task: str, *args: Any, **options: Any) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            pickle.dump((task, args, options), self.process.stdin)
+            self.process.stdin.flush()
+            fine, answer = pickle.load(self.process.stdout)
+        except (EOFError, BrokenPipeError):
+            self.said.seek(0)
+            fine, answer = False, f"its process ended\n{self.said.read().decode()}"
+        if not fine:
+            raise RuntimeError(f"Megatron-Core {VERSION}: {answer}")
+        return answer
 
 
-def old_write(hf: Path, folder: Path, layout: Layout, **form: Any) -> Path:
-    """`write_dist` by Megatron-Core 0.12."""
-    _ask("write", hf, folder, layout, **form)
-    return folder
+@contextmanager
+def started() -> Iterator[OldMegatron]:
+    """Starting takes longer than an answer; the process ends when nothing more can come."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.mcore_dist.old_megatron"]
+    places = {**os.environ, "PYTHONPATH": os.pathsep.join([str(packages()), str(ROOT)])}
+    pipe = subprocess.PIPE
+    with (
+        tempfile.TemporaryFile() as said,
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=said, env=places) as process,
+    ):
+        yield OldMegatron(process, said)
 
 
-def _ask(task: str, *args: Any, **options: Any) -> Any:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(packages()), str(ROOT)])}
-    order = pickle.dumps((task, args, options))
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.mcore_dist.old_megatron"],
-        input=order, env=environment, capture_output=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"Megatron-Core {VERSION}:\n{done.stderr.decode()}")
-    return pickle.loads(done.stdout.rpartition(MARK)[2])
-
-
-MARK = b"\nANSWER\n"  # Megatron-Core talks on the same line
-
-
-def _answer() -> None:
+def _serve() -> None:
     import megatron.core
 
     assert megatron.core.__version__ == VERSION
-    task, args, options = pickle.loads(sys.stdin.buffer.read())
-    answer = TASKS[task](*args, **options)
-    sys.stdout.buffer.write(MARK + pickle.dumps(answer))
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what Megatron-Core prints is no answer
+    while True:
+        try:
+            task, args, options = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            answer = (True, TASKS[task](*args, **options))
+        except Exception:  # noqa: BLE001 (told to who asked, whatever it is)
+            answer = (False, traceback.format_exc())
+        pickle.dump(answer, answers)
+        answers.flush()
 
 
 if __name__ == "__main__":
-    _answer()
+    _serve()

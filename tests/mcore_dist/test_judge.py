@@ -15,7 +15,7 @@ import torch
 import ckptconv
 from tests.judge.dist import judge_dist_logits
 from tests.judge.ranks import Layout
-from tests.mcore_dist.old_megatron import old_judge
+from tests.mcore_dist.old_megatron import OldMegatron
 
 pytestmark = [pytest.mark.ranks, pytest.mark.xdist_group("ranks")]
 DIVISOR = 16
@@ -108,8 +108,9 @@ def check(ours: Ours, layout: Layout, written: Written, ids: torch.Tensor, expec
     np.testing.assert_allclose(found, expected(source), rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.usefixtures("old_megatron")
-def test_megatron_core_012_computes_the_same_from_ours(written: Written, ids: torch.Tensor, expected: Expected) -> None:
+def test_megatron_core_012_computes_the_same_from_ours(
+    written: Written, ids: torch.Tensor, expected: Expected, old_megatron: OldMegatron
+) -> None:
     source, folder = written(Ours("qwen2", "stacked", 3))
-    found = old_judge(folder, source, ids, Layout(tp=2), divisor=DIVISOR)
+    found = old_megatron.judge(folder, source, ids, Layout(tp=2), divisor=DIVISOR)
     np.testing.assert_allclose(found, expected(source), rtol=0, atol=TOLERANCE)

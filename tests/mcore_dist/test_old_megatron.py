@@ -14,9 +14,9 @@ import torch
 from tests.judge.dist_write import write_dist
 from tests.judge.judge import iteration_folder
 from tests.judge.ranks import Layout
-from tests.mcore_dist.old_megatron import old_judge, old_write
+from tests.mcore_dist.old_megatron import OldMegatron
 
-pytestmark = [pytest.mark.ranks, pytest.mark.xdist_group("ranks"), pytest.mark.usefixtures("old_megatron")]
+pytestmark = [pytest.mark.ranks, pytest.mark.xdist_group("ranks")]
 DIVISOR = 16
 TOLERANCE = 1e-5
 Hf = Callable[..., Path]
@@ -28,23 +28,34 @@ Expected = Callable[[Path], Any]
     [("llama-tied", Layout(tp=2), Layout(pp=4)), ("mixtral", Layout(pp=2), Layout(ep=2, pp=2))],
 )
 def test_zarr_saved_by_it_computes_the_logits_of_transformers(
-    kind: str, saved: Layout, loaded: Layout, hf: Hf, ids: torch.Tensor, expected: Expected, tmp_path: Path
+    kind: str,
+    saved: Layout,
+    loaded: Layout,
+    hf: Hf,
+    ids: torch.Tensor,
+    expected: Expected,
+    tmp_path: Path,
+    old_megatron: OldMegatron,
 ) -> None:
     source = hf(kind)
-    folder = old_write(source, tmp_path, saved, divisor=DIVISOR, backend="zarr")
+    folder = old_megatron.write(source, tmp_path, saved, divisor=DIVISOR, backend="zarr")
     said = json.loads((iteration_folder(folder) / "metadata.json").read_text())
     assert said["sharded_backend"] == "zarr"
-    found = old_judge(folder, source, ids, loaded, divisor=DIVISOR, from_args=True)
+    found = old_megatron.judge(folder, source, ids, loaded, divisor=DIVISOR, from_args=True)
     np.testing.assert_allclose(found, expected(source), rtol=0, atol=TOLERANCE)
 
 
-def test_it_loads_what_the_newer_one_saved(hf: Hf, ids: torch.Tensor, expected: Expected, tmp_path: Path) -> None:
+def test_it_loads_what_the_newer_one_saved(
+    hf: Hf, ids: torch.Tensor, expected: Expected, tmp_path: Path, old_megatron: OldMegatron
+) -> None:
     source = hf("qwen3")
     folder = write_dist(source, tmp_path, Layout(tp=2), divisor=DIVISOR)
-    found = old_judge(folder, source, ids, Layout(pp=2), divisor=DIVISOR)
+    found = old_megatron.judge(folder, source, ids, Layout(pp=2), divisor=DIVISOR)
     np.testing.assert_allclose(found, expected(source), rtol=0, atol=TOLERANCE)
 
 
-def test_what_goes_wrong_over_there_is_told(hf: Hf, ids: torch.Tensor, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"Megatron-Core 0.12.0:(?s:.*)latest_checkpointed_iteration"):
-        old_judge(tmp_path, hf("llama"), ids, Layout())
+def test_what_goes_wrong_over_there_is_told(
+    hf: Hf, ids: torch.Tensor, tmp_path: Path, old_megatron: OldMegatron
+) -> None:
+    with pytest.raises(RuntimeError, match=r"Megatron-Core 0.12.0: (?s:.*)latest_checkpointed_iteration"):
+        old_megatron.judge(tmp_path, hf("llama"), ids, Layout())

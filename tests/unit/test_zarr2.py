@@ -313,14 +313,14 @@ class TestFolder:
 
 
 class TestCoded:
-    def make(self, folder: Path, size: int = 64) -> tuple[Any, Tensor]:
+    def make(self, folder: Path, size: int = 64, chunks: tuple[int, int] = (16, 32)) -> tuple[Any, Tensor]:
         array = values((size, size), FP32)
-        by_tensorstore(folder / "key", array, (size // 4, size // 2), FP32, compressor={"id": "zlib", "level": 1})
+        by_tensorstore(folder / "key", array, chunks, FP32, compressor={"id": "zlib", "level": 1})
         return array, zarr2.tensors(zarr2.read(folder))["key"]
 
     @pytest.mark.parametrize("workers", [1, 3])
     def test_executed_to_raw_chunks(self, tmp_path: Path, workers: int) -> None:
-        array, tensor = self.make(tmp_path / "in", 256)
+        array, tensor = self.make(tmp_path / "in", 256, (64, 128))
         arrays = {f"rank{r}": (tensor.narrow(1, r * 64, r * 64 + 64), (100, 30)) for r in range(4)}
         arrays["turned"] = (tensor.permute((1, 0)), (17, 256))
         plan = Plan(tuple(zarr2_write.layout("", arrays)), root=str(tmp_path / "in"))
@@ -329,8 +329,9 @@ class TestCoded:
             assert same_bits(opened(tmp_path / "out" / f"rank{r}"), array[:, r * 64 : r * 64 + 64].copy())
         assert same_bits(opened(tmp_path / "out" / "turned"), array.T.copy())
 
-    def test_fingerprint_sees_the_files_and_how_they_are_decoded(self, tmp_path: Path) -> None:
-        self.make(tmp_path)
+    @pytest.mark.parametrize("chunks", [(16, 32), (64, 64)])
+    def test_fingerprint_sees_the_files_and_how_they_are_decoded(self, tmp_path: Path, chunks: Any) -> None:
+        self.make(tmp_path, 64, chunks)
         assert (tmp_path / "key" / "0.0").stat().st_size < 64 * 64 * 4 // 8
 
         def digest() -> str:

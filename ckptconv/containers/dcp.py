@@ -69,10 +69,9 @@ def read(folder: Path) -> Dcp:
     with no_collecting():
         told = read_metadata(path)
         sizes, ranges = _sizes(folder, told), _ranges(told)
-        known = told.tensors.keys() | set(told.objects)
         problems = list(told.problems)
         problems += _wrong_ranges(sizes, ranges)
-        problems += [f"{key}: has bytes stored, but is not described" for key in told.places if key not in known]
+        problems += [f"{key}: has bytes stored, but is not described" for key in told.places if key not in told.keys]
         objects = {key: item for key in told.objects if (item := _object(folder, told, key, problems))}
         tensors = {
             key: entry for key, value in told.tensors.items() if (entry := _entry(folder, told, key, value, problems))

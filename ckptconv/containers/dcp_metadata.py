@@ -23,6 +23,8 @@ NAME = ".metadata"
 MAX_METADATA = 1 << 31
 MAX_AXES = 64
 MAX_SIZE = 1 << 62
+MAX_KEY = 1024
+CHUNK_BYTES = 8  # of a pickle that a chunk needs at the very least
 
 METADATA = "torch.distributed.checkpoint.metadata"
 FILESYSTEM = "torch.distributed.checkpoint.filesystem"
@@ -70,8 +72,9 @@ class Place(NamedTuple):
 
 
 class Metadata(NamedTuple):
-    """All that is of use in `.metadata`; `problems` lists what is not well-formed."""
+    """All that is of use in `.metadata`; `problems` lists what is not well-formed, `keys` has the keys of that too."""
 
+    keys: set[str]
     tensors: dict[str, Told]
     objects: list[str]
     places: dict[str, list[Place]]
@@ -81,15 +84,17 @@ class Metadata(NamedTuple):
 
 def read_metadata(path: Path) -> Metadata:
     """Parse the file; FormatError where it is not a pickle of the class that it should be."""
-    root = _unpickle(path)
+    root, nbytes = _unpickle(path)
     state = root.state if isinstance(root, (Known, Opaque)) else None
     if not isinstance(state, dict) or not {"state_dict_metadata", "storage_data"} <= state.keys():
-        raise FormatError(path, f"holds {short_repr(root)}, not the metadata of a torch distributed checkpoint")
+        raise FormatError(path, f"holds {_kind(root)}, not the metadata of a torch distributed checkpoint")
     told, stored = state["state_dict_metadata"], state["storage_data"]
     if not isinstance(told, dict) or not isinstance(stored, dict):
         kind = type(stored if isinstance(told, dict) else told).__name__
         raise FormatError(path, f"its tables of tensors and of places are not dicts but a {kind}")
-    found = Metadata({}, [], {}, {}, [])
+    if sum(map(_chunk_count, told.values())) > nbytes // CHUNK_BYTES:
+        raise FormatError(path, "describes the same chunks over and over (a bomb)")
+    found = Metadata(set(), {}, [], {}, {}, [])
     for key, value in told.items():
         _take_entry(found, key, value)
     for index, info in stored.items():
@@ -98,7 +103,8 @@ def read_metadata(path: Path) -> Metadata:
     return found
 
 
-def _unpickle(path: Path) -> object:
+def _unpickle(path: Path) -> tuple[object, int]:
+    """What the file holds, and how many bytes it has."""
     source = locate(path)
     if source.nbytes > MAX_METADATA:
         raise FormatError(path, f"has {source.nbytes} bytes; more than {MAX_METADATA} are not read")
@@ -108,14 +114,21 @@ def _unpickle(path: Path) -> object:
     root = unpickler.load()
     if unpickler.pos != len(data):
         raise FormatError(path, f"has {len(data) - unpickler.pos} bytes after the pickle")
-    return root
+    return root, source.nbytes
+
+
+def _chunk_count(value: object) -> int:
+    chunks = fields(value).get("chunks")
+    return len(chunks) if isinstance(chunks, list) else 0
 
 
 def _take_entry(found: Metadata, key: object, value: object) -> None:
     kind = value.cls.name if isinstance(value, Known) else ""
-    if not isinstance(key, str):
-        found.problems.append(f"the key {short_repr(key)} is not text")
-    elif kind == "BytesStorageMetadata":
+    if not is_key(key):
+        found.problems.append(f"the key {short_repr(key)} is not text of at most {MAX_KEY} characters")
+        return
+    found.keys.add(key)
+    if kind == "BytesStorageMetadata":
         found.objects.append(key)
     elif kind == "TensorStorageMetadata":
         told = _tensor(fields(value))
@@ -124,7 +137,7 @@ def _take_entry(found: Metadata, key: object, value: object) -> None:
         else:
             found.tensors[key] = told
     else:
-        found.problems.append(f"{key}: is neither a tensor nor bytes, but {short_repr(value)}")
+        found.problems.append(f"{key}: is neither a tensor nor bytes, but {_kind(value)}")
 
 
 def _tensor(state: Mapping[str, object]) -> Told | str:
@@ -149,7 +162,7 @@ def _tensor(state: Mapping[str, object]) -> Told | str:
 def _take_place(found: Metadata, index: object, info: object) -> None:
     where, place = fields(index), fields(info)
     key, offset = where.get("fqn"), where.get("offset")
-    if not isinstance(key, str) or not (offset is None or _is_sizes(offset)):
+    if not is_key(key) or not (offset is None or _is_sizes(offset)):
         found.problems.append(f"something is stored that is not named by a key: {short_repr(key)} {short_repr(offset)}")
         return
     name, start, nbytes = place.get("relative_path"), place.get("offset"), place.get("length")
@@ -170,7 +183,7 @@ def _take_reformulated(found: Metadata, told: object) -> None:
     for key, about in told.items() if isinstance(told, dict) else ():
         if isinstance(about, dict) and "nd_reformulated_orig_global_shape" in about:
             shape = about["nd_reformulated_orig_global_shape"]
-            if not isinstance(key, str) or not is_shape(shape):
+            if not is_key(key) or not is_shape(shape):
                 found.problems.append(f"{short_repr(key)}: was flattened from a shape {short_repr(shape)}")
             else:
                 found.reformulated[key] = shape
@@ -187,7 +200,13 @@ def fields(value: object) -> dict[str, object]:
 
 def is_plain_name(name: str) -> bool:
     """Whether a name stands for a file of the folder itself, wherever it is opened."""
-    return name.isprintable() and not re.search(r"[/\\:]", name) and name not in ("", ".", "..", NAME)
+    return (
+        len(name) < 256 and name.isprintable() and not re.search(r"[/\\:]", name) and name not in ("", ".", "..", NAME)
+    )
+
+
+def is_key(value: object) -> TypeGuard[str]:
+    return isinstance(value, str) and len(value) <= MAX_KEY
 
 
 def is_shape(value: object) -> TypeGuard[Shape]:
@@ -204,6 +223,12 @@ def _is_sizes(value: object) -> TypeGuard[Shape]:
 
 def _text(offset: Shape | None) -> str:
     return "" if offset is None else f" {list(offset)}"
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Opaque):
+        return f"a {value.module}.{value.name}"
+    return f"a {value.cls}" if isinstance(value, Known) else short_repr(value)
 
 
 def _size(u: Unpickler, args: Args) -> object:

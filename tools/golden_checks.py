@@ -65,13 +65,13 @@ def backward(golden: Golden, work: Path) -> list[str]:
 
 
 def hf_differences(want: Path, found: Path) -> list[str]:
-    one, two = (_hf_leaves(folder) for folder in (want, found))
+    one, two = (hf_leaves(folder) for folder in (want, found))
     wrong = differences({"hf": one}, {"hf": {k: two[k] for k in one if k in two} | two})
     same = (want / "config.json").read_bytes() == (found / "config.json").read_bytes()
     return wrong + ([] if same else ["config.json differs"])
 
 
-def _hf_leaves(folder: Path) -> dict[str, Leaf]:
+def hf_leaves(folder: Path) -> dict[str, Leaf]:
     found = {k: leaf(v) for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
     return dict(sorted(found.items()))
 

@@ -1,7 +1,8 @@
 """Runs every golden of a folder through ckptconv and prints a table; exits 1 on any difference.
 
 usage: python tools/run_goldens.py FOLDER [--only TEXT]
-FOLDER holds CASE/case.json, CASE/hf and CASE/out-*, as written by the official converters.
+FOLDER holds CASE/case.json, CASE/hf and CASE/out-*, as written by the official converters, or CASE/ckpt and CASE/hf:
+distributed checkpoints of Megatron-Core.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tools.golden_args import Row, args_rows, unexplained
 from tools.golden_cases import goldens, with_optimizer
 from tools.golden_checks import backward, forward, weights_of_training
+from tools.golden_dist import back, distributed
 
 Check = Callable[[Path], list[str]]
 
@@ -32,6 +34,8 @@ def checks(folder: Path) -> Iterator[tuple[str, str, Check]]:
         yield golden.title, "back to hf", partial(backward, golden)
     for path in with_optimizer(folder):
         yield path.name, "weights, optimizer dropped", partial(weights_of_training, path)
+    for saved in distributed(folder):
+        yield saved.title, "back to hf", partial(back, saved)
 
 
 def run(check: Check) -> list[str]:

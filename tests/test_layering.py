@@ -38,7 +38,7 @@ formats.mcore_dist
 registry
 executor
 pipeline
-compare inspection
+compare inspection upgrade
 testing
 cli
 __main__

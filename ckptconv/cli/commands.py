@@ -9,25 +9,31 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptconv.cli.options import (
+    PATH,
     FormatCommand,
     LoaderCommand,
     TwoLoadersCommand,
-    change_options,
+    conversion_options,
     dry_run_option,
-    layout_options,
     make_execute_options,
     make_job,
     output_options,
-    run_options,
     source_options,
 )
 from ckptconv.errors import CkptconvError, UsageError
 
 if TYPE_CHECKING:
-    from ckptconv.pipeline import Job
+    from ckptconv.pipeline import Job, Prepared
 
-PATH = click.Path(path_type=Path)
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+saver_option = click.option(
+    "--saver",
+    required=True,
+    metavar="FORMAT",
+    help="Format to write: hf, mcore, mcore-dist, legacy (see ckptconv formats).",
+)
 
 
 def examples(*lines: str) -> str:
@@ -54,17 +60,9 @@ def cli() -> None:
         "ckptconv formats mcore      (lists the --loader.X and --saver.X options of a format)",
     ),
 )
-@click.argument("src", type=PATH)
-@click.argument("dst", type=PATH)
-@click.option(
-    "--saver", required=True, metavar="FORMAT", help="Format to write: hf, mcore, legacy (see ckptconv formats)."
-)
-@layout_options
-@source_options
-@change_options
-@run_options
+@saver_option
 @dry_run_option
-@output_options
+@conversion_options
 @click.pass_context
 def convert(ctx: click.Context, /, src: Path, dst: Path, saver: str, **params: Any) -> None:
     """Convert SRC to DST in another format and layout."""
@@ -78,18 +76,32 @@ def convert(ctx: click.Context, /, src: Path, dst: Path, saver: str, **params: A
         "ckptconv reshard in/ out/ --pp 4 --pp-layers 7,9,9,7",
     ),
 )
-@click.argument("src", type=PATH)
-@click.argument("dst", type=PATH)
-@layout_options
-@source_options
-@change_options
-@run_options
 @dry_run_option
-@output_options
+@conversion_options
 @click.pass_context
 def reshard(ctx: click.Context, /, src: Path, dst: Path, **params: Any) -> None:
     """Write SRC to DST in the same format and another layout; what is not said stays as it is."""
     run(make_job(ctx, src, None, params), dst, params)
+
+
+@cli.command(
+    cls=FormatCommand,
+    epilog=examples(
+        "ckptconv upgrade old/ new/ --optimizer drop",
+        "ckptconv upgrade old-zarr/ new/ --loader.config llama/ --mcore-version 0.12",
+    ),
+)
+@dry_run_option
+@conversion_options
+@click.pass_context
+def upgrade(ctx: click.Context, /, src: Path, dst: Path, **params: Any) -> None:
+    """Write SRC, a Megatron checkpoint of any era, to DST as torch_dist, the form of today, and say what that changes."""
+    from ckptconv.pipeline import check_places
+    from ckptconv.upgrade import prepare_upgrade
+
+    check_places(src, dst)
+    prepared, changes = prepare_upgrade(make_job(ctx, src, None, params))
+    carry_out(prepared, dst, params, {"changes": changes})
 
 
 @cli.group(epilog=examples("ckptconv plan convert llama/ out/ --saver mcore --tp 8"))
@@ -105,14 +117,8 @@ def plan() -> None:
         "ckptconv plan convert m/ out/ --saver hf --json",
     ),
 )
-@click.argument("src", type=PATH)
-@click.argument("dst", type=PATH)
-@click.option("--saver", required=True, metavar="FORMAT", help="Format to write.")
-@layout_options
-@source_options
-@change_options
-@run_options
-@output_options
+@saver_option
+@conversion_options
 @click.pass_context
 def plan_convert(ctx: click.Context, /, src: Path, dst: Path, saver: str, **params: Any) -> None:
     """Show what convert would write: files, bytes, each tensor's recipe."""
@@ -120,13 +126,7 @@ def plan_convert(ctx: click.Context, /, src: Path, dst: Path, saver: str, **para
 
 
 @plan.command("reshard", cls=FormatCommand, epilog=examples("ckptconv plan reshard llama-tp4/ out/ --tp 4:2"))
-@click.argument("src", type=PATH)
-@click.argument("dst", type=PATH)
-@layout_options
-@source_options
-@change_options
-@run_options
-@output_options
+@conversion_options
 @click.pass_context
 def plan_reshard(ctx: click.Context, /, src: Path, dst: Path, **params: Any) -> None:
     """Show what reshard would write: files, bytes, each tensor's recipe."""
@@ -135,20 +135,26 @@ def plan_reshard(ctx: click.Context, /, src: Path, dst: Path, **params: Any) -> 
 
 def run(job: Job, dst: Path, params: dict[str, Any]) -> None:
     """Prepare, and unless it is a dry run execute, telling what happens."""
+    from ckptconv.pipeline import check_places, prepare
+
+    check_places(job.source, dst)
+    carry_out(prepare(job), dst, params, {})
+
+
+def carry_out(prepared: Prepared, dst: Path, params: dict[str, Any], more: dict[str, list[str]]) -> None:
+    """Execute what is prepared, or show it; `more` is told with it, line by line."""
     from dataclasses import asdict
 
     from ckptconv.cli import render
     from ckptconv.cli.progress import progress
     from ckptconv.executor.execute import execute
-    from ckptconv.pipeline import check_places, prepare
 
     options = make_execute_options(params)
-    check_places(job.source, dst)
-    prepared = prepare(job)
     if not params["quiet"]:
         render.show_notes(prepared)
+        render.show_more(more)
     if params["dry_run"]:
-        facts = render.plan_facts(prepared)
+        facts = {**render.plan_facts(prepared), **more}
         render.emit(facts) if params["as_json"] else render.show_plan(facts)
         if facts["memory_needed"] > options.memory:
             click.echo(f"note: --memory {params['memory']} is too small: this would be refused", err=True)
@@ -158,7 +164,7 @@ def run(job: Job, dst: Path, params: dict[str, Any]) -> None:
     if params["as_json"]:
         losses = {name: loss._asdict() for name, loss in report.losses.items()}
         told = {**asdict(report), "losses": losses}
-        render.emit({"dst": str(dst), **prepared.plan.about, "usage": usage.splitlines(), "report": told})
+        render.emit({"dst": str(dst), **prepared.plan.about, **more, "usage": usage.splitlines(), "report": told})
         return
     if not params["quiet"]:
         render.show_report(report)

@@ -148,9 +148,21 @@ run_options = _stack(
     click.option("--force", is_flag=True, help="Replace DST, once the new result is complete."),
 )
 dry_run_option = click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
+PATH = click.Path(path_type=Path)
 output_options = _stack(
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
     click.option("--quiet", is_flag=True, help="No progress and no notes."),
+)
+
+
+conversion_options = _stack(
+    click.argument("src", type=PATH),
+    click.argument("dst", type=PATH),
+    layout_options,
+    source_options,
+    change_options,
+    run_options,
+    output_options,
 )
 
 

@@ -94,6 +94,14 @@ def show_notes(prepared: Prepared) -> None:
         click.echo(line, err=True)
 
 
+def show_more(more: dict[str, list[str]]) -> None:
+    """Further lines to know before bytes move, under their titles."""
+    for title, lines in more.items():
+        click.echo(f"{title}:", err=True)
+        for line in lines:
+            click.echo(f"  {line}", err=True)
+
+
 def show_report(report: Report) -> None:
     rate = report.bytes_written / report.seconds if report.seconds else 0
     resumed = f" ({human(report.bytes_resumed)} were there already)" if report.bytes_resumed else ""

@@ -59,6 +59,9 @@ class McoreDistSave:
         default="layer", metadata={"help": "layer: a chunk for each layer and expert; whole: one for each tensor"}
     )
     files: int | None = field(default=None, metadata={"help": "number of .distcp files (default: one for each 5 GB)"})
+    run_config: bool = field(
+        default=False, metadata={"help": "also write run_config.yaml, the model as Megatron-Bridge describes it"}
+    )
     transformer_impl: str = field(
         default=TE, metadata={"help": f"modules that load it, {TE} or {LOCAL}: decides the _extra_state entries"}
     )
@@ -110,11 +113,16 @@ class McoreDist:
         return Target(mapping, frozenset({"norm_apart"}), even(config.layers), rows)
 
     def save(self, stored: Stored, options: McoreDistSave, request: Request) -> Plan:
-        filing = dist_saving.Filing(options.backend, options.files, whole=options.chunk == "whole")
+        filing = dist_saving.Filing(options.backend, options.files, options.chunk == "whole", options.run_config)
         return dist_saving.save(stored, options.iteration, request, _form(options), filing)
 
     def usage(self, stored: Stored, dst: str, options: McoreDistSave) -> str:
         return usage(stored, dst, _form(options))
+
+
+def args_of(stored: Stored, options: McoreDistSave, request: Request) -> dict[str, object]:
+    """The args that `common.pt` will hold."""
+    return dict(dist_saving.written_args(stored, request, _form(options)).__dict__)
 
 
 def _form(options: McoreDistSave) -> saving.Form:

@@ -67,7 +67,7 @@ def load(path: Path, config: Path | None, request: Request, format_name: str, za
     notes += (*rows_note, *((f"left behind: {', '.join(strays)}",) if strays else ()))
     extras = Extras(
         step=step_of(common, folder / COMMON) if iteration.step is None else iteration.step, files=beside.files, notes=notes,
-        objects={"args": args or {}, "state": list(dict.fromkeys([*state_of(common), *keys.state]))},
+        objects={"args": args or {}, "backend": backend(folder), "state": list(dict.fromkeys([*state_of(common), *keys.state]))},
     )  # fmt: skip
     return Stored(format_name, mapping, variant, topology, architecture, ranks, {Rank(): folder.name}, extras)
 

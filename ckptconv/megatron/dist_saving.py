@@ -11,8 +11,10 @@ from itertools import product
 from ckptconv.assemble import Box
 from ckptconv.checkpoint import Stored
 from ckptconv.containers import dcp_write, torch_write, zarr2_write
+from ckptconv.containers.pickled import Namespace
 from ckptconv.errors import ConfigError, UsageError
 from ckptconv.formats import Request
+from ckptconv.megatron import run_config
 from ckptconv.megatron.args_table import Subject
 from ckptconv.megatron.args_write import notes, write_args
 from ckptconv.megatron.dist_loading import COMMON, TELLING, TORCH_DIST, ZARR
@@ -37,11 +39,15 @@ PER_FILE = 5 * 10**9  # bytes; with fewer files than workers, workers wait for e
 
 @dataclass(frozen=True, slots=True)
 class Filing:
-    """How tensors are stored, in how many .distcp files (None: as many as they need), and whether each is one chunk."""
+    """How tensors are stored, in how many .distcp files (None: as many as they need), and whether each is one chunk.
+
+    `run_config`: whether Megatron-Bridge's description of the model is written too.
+    """
 
     backend: str = TORCH_DIST
     files: int | None = None
     whole: bool = False
+    run_config: bool = False
 
 
 def save(stored: Stored, step: int | str | None, request: Request, form: Form, filing: Filing) -> Plan:
@@ -62,6 +68,10 @@ def save(stored: Stored, step: int | str | None, request: Request, form: Form, f
         *sharded(folder, {key.name: tensor for key, tensor in tensors.items()}, entries, filing, stacked),
         _common(stored, number, request, form, stacked=stacked),
         *hf_files(stored.extras),
+        *(
+            [final_file(f"{folder}/{run_config.NAME}", run_config.render(stored, form, stored_dtype(stored)))]
+            * filing.run_config
+        ),
         final_file(f"{folder}/{TELLING}", json.dumps(told).encode()),
         final_file(TRACKER, str(number).encode()),
     ]
@@ -75,17 +85,21 @@ def save(stored: Stored, step: int | str | None, request: Request, form: Form, f
 
 def _common(stored: Stored, number: int | str, request: Request, form: Form, *, stacked: bool) -> File:
     """What every process has alike. `content_metadata` tells Megatron-Core 0.13 and newer how keys are made."""
-    subject = Subject(
-        stored.config, stored.topology, form.core, stored_dtype(stored), divisor(stored.extras, request), form.local,
-        experts=form.experts, ckpt_format=form.ckpt_format, carried=carried(stored.extras),
-    )  # fmt: skip
     saved: dict[object, object] = {
-        "args": write_args(subject),
+        "args": written_args(stored, request, form),
         "checkpoint_version": CHECKPOINT_VERSION,
         "iteration": 0 if number == RELEASE else number,
         "content_metadata": {"singleton_local_shards": False, "non_homogeneous_layers": not stacked},
     }
     return torch_write.layout(f"{iteration_name(number)}/{COMMON}", saved)
+
+
+def written_args(stored: Stored, request: Request, form: Form) -> Namespace:
+    subject = Subject(
+        stored.config, stored.topology, form.core, stored_dtype(stored), divisor(stored.extras, request), form.local,
+        experts=form.experts, ckpt_format=form.ckpt_format, carried=carried(stored.extras),
+    )  # fmt: skip
+    return write_args(subject)
 
 
 def _torch_dist(

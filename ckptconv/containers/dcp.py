@@ -63,6 +63,13 @@ class Dcp:
 
 def read(folder: Path) -> Dcp:
     """The checkpoint in a folder. All that is wrong with it is listed in one error."""
+    found, problems = examine(folder)
+    fail(folder / NAME, problems)
+    return found
+
+
+def examine(folder: Path) -> tuple[Dcp, list[str]]:
+    """What is sound in a folder, and all that is wrong with the rest."""
     path = folder / NAME
     if not path.exists():
         raise FormatError(path, "is missing: not a torch distributed checkpoint, or one whose save did not finish")
@@ -76,8 +83,7 @@ def read(folder: Path) -> Dcp:
         tensors = {
             key: entry for key, value in told.tensors.items() if (entry := _entry(folder, told, key, value, problems))
         }
-    fail(path, problems)
-    return Dcp(folder, tensors, objects, told.reformulated, tuple(_unused(folder, sizes, ranges)))
+    return Dcp(folder, tensors, objects, told.reformulated, tuple(_unused(folder, sizes, ranges))), problems
 
 
 def tensors(dcp: Dcp, keys: Collection[str] | None = None) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -77,15 +77,29 @@ class Zarr:
 
 
 def read(folder: Path) -> Zarr:
-    """What a folder holds."""
+    """What a folder holds; all that is wrong with it is in one FormatError."""
+    return _sound(*examine(folder))
+
+
+def examine(folder: Path) -> tuple[Zarr, list[str]]:
+    """What is sound in a folder, and all that is wrong with the rest."""
     problems: list[str] = []
     files = dict(_walk(str(folder), "", os.path.realpath(folder), problems))
-    return interpret(str(folder), files, problems)
+    return _interpret(str(folder), files, problems)
 
 
-def interpret(where: str, files: Mapping[str, Source], problems: Sequence[str] = ()) -> Zarr:
+def interpret(where: str, files: Mapping[str, Source]) -> Zarr:
     """What files with these names make, be they of a folder or an archive; all that is wrong is in one FormatError."""
-    problems = list(problems)
+    return _sound(*_interpret(where, files, []))
+
+
+def _sound(zarr: Zarr, problems: list[str]) -> Zarr:
+    if problems:
+        raise FormatError(zarr.where, _listed("is no sound folder of zarr arrays", problems))
+    return zarr
+
+
+def _interpret(where: str, files: Mapping[str, Source], problems: list[str]) -> tuple[Zarr, list[str]]:
     folders: dict[str, dict[str, Source]] = {}
     others: dict[str, Source] = {}
     for path, source in files.items():
@@ -104,9 +118,7 @@ def interpret(where: str, files: Mapping[str, Source], problems: Sequence[str] =
                 objects |= _objects(key, held)
         except FormatError as error:
             problems.append(str(error))
-    if problems:
-        raise FormatError(where, _listed("is no sound folder of zarr arrays", problems))
-    return Zarr(where, tensors, objects, others)
+    return Zarr(where, tensors, objects, others), problems
 
 
 def tensors(

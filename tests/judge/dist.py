@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from tests.judge.judge import agreed, iteration_folder, load
+from tests.judge.fill import RankTensors, states
+from tests.judge.judge import agreed, iteration_folder, load, named, rank_folder
 from tests.judge.models import Logits, build, logits
-from tests.judge.ranks import Layout
+from tests.judge.ranks import Layout, run_ranks
 from tests.judge.spec import spec_from_args, spec_from_hf
 
 State = dict[str, Any]
@@ -37,15 +38,24 @@ def judge_dist_logits(
     saved = iteration_folder(folder)
 
     def job() -> Logits | None:
-        common = read_common(saved)
         spec = spec_from_hf(config, layout.tp, divisor)
         if from_args:
-            spec = replace(spec_from_args(common["args"]), vocab_rows=spec.vocab_rows)
-        chunks = build(spec, layout)
-        load(chunks, load_dist(chunks, saved, strict))
-        return logits(chunks, ids)
+            spec = replace(spec_from_args(read_common(saved)["args"]), vocab_rows=spec.vocab_rows)
+        return logits(load_dist(build(spec, layout), saved, strict), ids)
 
     return agreed(layout, job)[..., : config["vocab_size"]]
+
+
+def dist_states(folder: Path, hf: Path, layout: Layout, *, divisor: int = 128) -> dict[str, RankTensors]:
+    """What every rank's models hold after loading, for comparison with `filled_states`."""
+    config = json.loads((hf / "config.json").read_text())
+    saved = iteration_folder(folder)
+
+    def job() -> tuple[str, RankTensors]:
+        spec = spec_from_hf(config, layout.tp, divisor)
+        return rank_folder(layout), states(load_dist(build(spec, layout), saved, "raise_all"))
+
+    return dict(run_ranks(layout, job))
 
 
 def read_common(saved: Path) -> State:
@@ -61,8 +71,8 @@ def read_common(saved: Path) -> State:
     return common
 
 
-def load_dist(chunks: list[Any], saved: Path, strict: str) -> State:
-    """What is stored for these model chunks, in the same names as in a per-rank file: "model", or "model0" …
+def load_dist(chunks: list[Any], saved: Path, strict: str) -> list[Any]:
+    """The model chunks, with what is stored for them.
 
     Tensors are read into the parameters themselves, which hold NaN before: what no chunk of the checkpoint covers stays NaN
     (zero in the two tensors of vocabulary rows, whose count may differ).
@@ -70,13 +80,12 @@ def load_dist(chunks: list[Any], saved: Path, strict: str) -> State:
     from megatron.core import dist_checkpointing
 
     wanted = sharded(chunks, read_common(saved).get("content_metadata"))
-    found: State = dist_checkpointing.load(wanted, str(saved), strict=strict)
-    return found
+    load(chunks, dist_checkpointing.load(wanted, str(saved), strict=strict))
+    return chunks
 
 
 def sharded(chunks: list[Any], metadata: State | None) -> State:
     """What to save or load. `metadata` says how tensors are named and cut: when loading, what the checkpoint itself says of it
     (`content_metadata`, since 0.13), for Megatron's training code asks nothing else either.
     """
-    names = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
-    return {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, chunks, strict=True)}
+    return {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in named(chunks).items()}

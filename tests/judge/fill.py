@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tests.judge.judge import agreed, rank_folder
+from tests.judge.judge import agreed, named, rank_folder
 from tests.judge.models import Logits, build, logits
 from tests.judge.ranks import Layout, run_ranks
 from tests.judge.spec import Spec, spec_from_hf
@@ -37,11 +37,14 @@ def filled_states(hf: Path, layout: Layout, divisor: int = 128) -> dict[str, Ran
     config, whole = read_whole(hf, layout, divisor)
 
     def job() -> tuple[str, RankTensors]:
-        chunks = filled(spec_from_hf(config, layout.tp, divisor), layout, whole)
-        names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
-        return rank_folder(layout), {n: _plain(c.state_dict()) for n, c in zip(names, chunks, strict=True)}
+        return rank_folder(layout), states(filled(spec_from_hf(config, layout.tp, divisor), layout, whole))
 
     return dict(run_ranks(layout, job))
+
+
+def states(chunks: list[Any]) -> RankTensors:
+    """What this rank's models hold."""
+    return {name: _plain(chunk.state_dict()) for name, chunk in named(chunks).items()}
 
 
 def _plain(state: dict[str, Any]) -> dict[str, NDArray[Any]]:

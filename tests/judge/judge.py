@@ -79,7 +79,12 @@ def read_rank(path: Path) -> dict[str, Any]:
 
 def load(chunks: list[Any], state: dict[str, Any]) -> None:
     """Strictly: `_extra_state` of modules that keep none is the only thing Megatron-Core itself lets a file leave out."""
-    for number, chunk in enumerate(chunks):
-        chunk.load_state_dict(state["model" if len(chunks) == 1 else f"model{number}"], strict=True)
+    for key, chunk in named(chunks).items():
+        chunk.load_state_dict(state[key], strict=True)
         for name, parameter in chunk.named_parameters():
             assert not parameter.isnan().any(), name
+
+
+def named(chunks: list[Any]) -> dict[str, Any]:
+    """Model chunks under the names they have in a checkpoint."""
+    return {"model": chunks[0]} if len(chunks) == 1 else {f"model{i}": chunk for i, chunk in enumerate(chunks)}

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import ckptconv
-from tests.judge.dist import judge_dist_logits
+from tests.judge.dist import dist_states, judge_dist_logits
+from tests.judge.fill import filled_states, same_bits
 from tests.judge.ranks import Layout
 from tests.mcore_dist.old_megatron import OldMegatron
 
@@ -86,6 +87,21 @@ def test_models_built_from_our_args_compute_the_same(
     kind: str, written: Written, ids: torch.Tensor, expected: Expected
 ) -> None:
     check(Ours(kind, "stacked", 3), Layout(), written, ids, expected, from_args=True)
+
+
+@pytest.mark.parametrize("ours", CASES, ids=lambda ours: ours.name)
+def test_models_hold_what_megatron_cores_own_sharding_gives(ours: Ours, written: Written) -> None:
+    """Bit for bit, rows of padding too."""
+    source, folder = written(ours)
+    layout = Layout(pp=2, vpp=2) if ours.kind != "mixtral" else Layout(ep=2)
+    found = dist_states(folder, source, layout, divisor=DIVISOR)
+    theirs = filled_states(source, layout, DIVISOR)
+    assert {rank: list(chunks) for rank, chunks in found.items()} == {rank: list(c) for rank, c in theirs.items()}
+    for rank, chunks in theirs.items():
+        for chunk, tensors in chunks.items():
+            have = found[rank][chunk]
+            assert list(have) == list(tensors)
+            assert [name for name in tensors if not same_bits(have[name], tensors[name])] == []
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "mixtral"])

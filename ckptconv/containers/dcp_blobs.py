@@ -9,12 +9,12 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable
 from dataclasses import replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 from ckptconv.containers import torch_file
 from ckptconv.containers.ranges import HeaderReader, locate
-from ckptconv.containers.zipdir import Record, open_archive
+from ckptconv.containers.zipdir import Archive, Record, open_archive
 from ckptconv.dtypes import DType
 from ckptconv.errors import FormatError
 from ckptconv.nodes import View
@@ -35,7 +35,7 @@ class Blob(NamedTuple):
 
 
 class _Free(NamedTuple):
-    """Bytes of a record (its data, if they are small, or none) and of its CRC32s, in which blobs may differ."""
+    """Bytes in which blobs may differ: those of a small record, and where the CRC32 of a record stands (if there is one)."""
 
     content: tuple[int, int] | None
     crc_at: tuple[int, ...]
@@ -56,9 +56,9 @@ class _Pattern(NamedTuple):
             return False
         for content, places in self.free:
             crcs = {edges[at : at + 4] for at in places}
-            if len(crcs) != 1:
+            if len(crcs) > 1:
                 return False
-            if content and crcs != {zlib.crc32(edges[slice(*content)]).to_bytes(4, "little")}:
+            if content and crcs and crcs != {zlib.crc32(edges[slice(*content)]).to_bytes(4, "little")}:
                 return False
         return True
 
@@ -75,28 +75,22 @@ def tensors(blobs: Iterable[Blob], problems: list[str]) -> dict[Source, Tensor]:
     """
     out: dict[Source, Tensor] = {}
     patterns: dict[tuple[int, DType, Shape], _Pattern | None] = {}
-    reader: HeaderReader | None = None
-    try:
-        for blob in sorted(blobs, key=lambda b: b.item):
-            path = blob.item.path
-            if reader is None or reader.source.path != path:
-                if reader:
-                    reader.__exit__(None, None, None)
-                reader = HeaderReader(locate(path), path)
-            kind = (blob.item.nbytes, blob.dtype, blob.shape)
-            pattern = patterns.get(kind)
-            if pattern and pattern.fits(_edges(reader, blob.item, pattern)):
-                out[blob.item] = _moved(pattern.tensor, blob.item)
-                continue
-            try:
-                tensor = out[blob.item] = _parsed(blob)
-            except FormatError as error:
-                problems.append(f"{error} ({blob.key})")
-            else:
-                patterns[kind] = _pattern(blob.item, tensor)
-    finally:
-        if reader:
-            reader.__exit__(None, None, None)
+    in_order = sorted(blobs, key=lambda b: b.item)
+    for path, inside in groupby(in_order, key=lambda b: b.item.path):
+        with HeaderReader(locate(path), path) as reader:
+            for blob in inside:
+                kind = (blob.item.nbytes, blob.dtype, blob.shape)
+                pattern = patterns.get(kind)
+                if pattern and pattern.fits(_edges(reader, blob.item, pattern)):
+                    out[blob.item] = _moved(pattern.tensor, blob.item)
+                    continue
+                try:
+                    tensor = out[blob.item] = _parsed(blob)
+                except FormatError as error:
+                    problems.append(f"{error} ({blob.key})")
+                    continue
+                if pattern or kind not in patterns:  # else it was tried in vain
+                    patterns[kind] = _pattern(blob.item, tensor)
     return out
 
 
@@ -133,10 +127,10 @@ def _pattern(item: Source, tensor: Tensor) -> _Pattern | None:
         archive = open_archive(reader)
         body = tensor.source
         head, tail = body.offset - item.offset, body.offset - item.offset + body.nbytes
-        if not archive.checksums or head + item.nbytes - tail > MAX_EDGES:
+        if head + item.nbytes - tail > MAX_EDGES:
             return None
         free = [
-            _free(record, item, head, body.nbytes)
+            _free(record, archive, head, body.nbytes)
             for record in archive.records.values()
             if record.source == body or record.name.endswith(SERIAL)
         ]
@@ -148,12 +142,12 @@ def _pattern(item: Source, tensor: Tensor) -> _Pattern | None:
     return _Pattern(local, head, tail, fixed, tuple(free))
 
 
-def _free(record: Record, item: Source, head: int, nbytes: int) -> _Free:
+def _free(record: Record, archive: Archive, head: int, nbytes: int) -> _Free:
     """Places are counted in the edges, where the data is left out."""
 
     def outside(at: int) -> int:
         return at if at < head else at - nbytes
 
-    start = outside(record.source.offset - item.offset)
+    start = outside(record.source.offset - archive.source.offset)
     own = (start, start + record.source.nbytes) if record.name.endswith(SERIAL) else None
-    return _Free(own, tuple(outside(at) for at in record.crc_at))
+    return _Free(own, tuple(outside(at) for at in record.crc_at) if archive.checksums else ())

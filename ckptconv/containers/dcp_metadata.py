@@ -214,11 +214,12 @@ def is_shape(value: object) -> TypeGuard[Shape]:
 
 
 def _is_sizes(value: object) -> TypeGuard[Shape]:
-    return (
-        isinstance(value, tuple)
-        and len(value) <= MAX_AXES
-        and all(type(n) is int and -MAX_SIZE <= n <= MAX_SIZE for n in value)
-    )
+    if not isinstance(value, tuple) or len(value) > MAX_AXES:
+        return False
+    for n in value:  # noqa: SIM110 - three times as fast as all(), and asked for every chunk
+        if type(n) is not int or not -MAX_SIZE <= n <= MAX_SIZE:
+            return False
+    return True
 
 
 def _text(offset: Shape | None) -> str:

@@ -15,6 +15,7 @@ from ckptconv.cli.options import (
     TwoLoadersCommand,
     conversion_options,
     dry_run_option,
+    layout_options,
     make_execute_options,
     make_job,
     output_options,
@@ -62,6 +63,7 @@ def cli() -> None:
 )
 @saver_option
 @dry_run_option
+@layout_options
 @conversion_options
 @click.pass_context
 def convert(ctx: click.Context, /, src: Path, dst: Path, saver: str, **params: Any) -> None:
@@ -77,6 +79,7 @@ def convert(ctx: click.Context, /, src: Path, dst: Path, saver: str, **params: A
     ),
 )
 @dry_run_option
+@layout_options
 @conversion_options
 @click.pass_context
 def reshard(ctx: click.Context, /, src: Path, dst: Path, **params: Any) -> None:
@@ -118,6 +121,7 @@ def plan() -> None:
     ),
 )
 @saver_option
+@layout_options
 @conversion_options
 @click.pass_context
 def plan_convert(ctx: click.Context, /, src: Path, dst: Path, saver: str, **params: Any) -> None:
@@ -126,6 +130,7 @@ def plan_convert(ctx: click.Context, /, src: Path, dst: Path, saver: str, **para
 
 
 @plan.command("reshard", cls=FormatCommand, epilog=examples("ckptconv plan reshard llama-tp4/ out/ --tp 4:2"))
+@layout_options
 @conversion_options
 @click.pass_context
 def plan_reshard(ctx: click.Context, /, src: Path, dst: Path, **params: Any) -> None:

@@ -158,7 +158,6 @@ output_options = _stack(
 conversion_options = _stack(
     click.argument("src", type=PATH),
     click.argument("dst", type=PATH),
-    layout_options,
     source_options,
     change_options,
     run_options,

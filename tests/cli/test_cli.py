@@ -28,6 +28,7 @@ OUTPUT = "--json --quiet"
 COMMANDS = {
     "convert": f"--saver --dry-run {LAYOUT} {SOURCE} {CHANGE} {RUN} {OUTPUT}",
     "reshard": f"--dry-run {LAYOUT} {SOURCE} {CHANGE} {RUN} {OUTPUT}",
+    "upgrade": f"--dry-run {SOURCE} {CHANGE} {RUN} {OUTPUT}",
     "plan": "",
     "plan convert": f"--saver {LAYOUT} {SOURCE} {CHANGE} {RUN} {OUTPUT}",
     "plan reshard": f"{LAYOUT} {SOURCE} {CHANGE} {RUN} {OUTPUT}",
@@ -199,7 +200,10 @@ def test_usage_errors_are_2(args: tuple[str, ...], console: Console, models: Pat
 def test_wrong_names_are_answered_with_the_right_ones(console: Console, models: Path, tmp_path: Path) -> None:
     src, out = models / "llama", tmp_path / "out"
     ran = console("convert", src, out, "--saver", "gguf", code=2)
-    assert "hf (huggingface, transformers, llama_mistral), mcore (core, megatron-core), mcore-dist (torch_dist, torch-dist, zarr), legacy (megatron)" in ran.err
+    assert (
+        "hf (huggingface, transformers, llama_mistral), mcore (core, megatron-core), mcore-dist (torch_dist, torch-dist, zarr), legacy (megatron)"
+        in ran.err
+    )
     ran = console("convert", src, out, "--saver", "hf", "--saver.experts", "grouped", code=2)
     assert "it has: --saver.max-shard-size, --saver.template, --saver.config-from-args" in ran.err
 

@@ -201,7 +201,7 @@ def test_wrong_names_are_answered_with_the_right_ones(console: Console, models: 
     src, out = models / "llama", tmp_path / "out"
     ran = console("convert", src, out, "--saver", "gguf", code=2)
     assert (
-        "hf (huggingface, transformers, llama_mistral), mcore (core, megatron-core), mcore-dist (torch_dist, torch-dist, zarr), legacy (megatron)"
+        "known: hf (huggingface, transformers, llama_mistral), mcore (core, megatron-core), mcore-dist (torch_dist"
         in ran.err
     )
     ran = console("convert", src, out, "--saver", "hf", "--saver.experts", "grouped", code=2)

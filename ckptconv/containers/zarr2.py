@@ -30,7 +30,7 @@ from ckptconv.tensor import Shape, Tensor
 
 ATTRIBUTES = ".zattrs"  # of an array: says nothing of its values
 LOCKS = ".sync"
-SHOWN = 8
+SHOWN = 1000
 _INDEX = re.compile(r"\d{1,19}(?:[./]\d{1,19})*", re.ASCII)
 _OBJECT = re.compile(r"shard_[\d.]+(?:_[\d.]+)?\.pt", re.ASCII)
 
@@ -154,18 +154,22 @@ def _parts(entry: Entry, hole: Tensor, prefix: Shape, chunks: list[Shape]) -> It
     Holes are as large as can be: a header may tell of more chunks than can be counted.
     """
     axis = len(prefix)
-    rest = (0,) * (len(entry.shape) - axis - 1)
     if axis == len(entry.shape):
         yield entry.header.start(prefix), _chunk(entry, prefix)
         return
-    at, end, size = 0, entry.header.grid[axis], entry.chunks[axis]
-    for i, inner in [*((i, list(inner)) for i, inner in groupby(chunks, lambda c: c[axis])), (end, [])]:
+    rest = (0,) * (len(entry.shape) - axis - 1)
+
+    def slab(lo: int, hi: int) -> Tensor:
+        size = entry.chunks[axis]
+        return hole.narrow(axis, lo * size, min(hi * size, entry.shape[axis]))
+
+    at, end = 0, entry.header.grid[axis]
+    there = {i: list(inner) for i, inner in groupby(chunks, lambda chunk: chunk[axis])}
+    for i in (*there, end):
         if at < i:
-            start = entry.header.start((*prefix, at, *rest))
-            yield start, hole.narrow(axis, at * size, min(i * size, entry.shape[axis]))
+            yield entry.header.start((*prefix, at, *rest)), slab(at, i)
         if i < end:
-            slab = hole.narrow(axis, i * size, min((i + 1) * size, entry.shape[axis]))
-            yield from _parts(entry, slab, (*prefix, i), inner)
+            yield from _parts(entry, slab(i, i + 1), (*prefix, i), there[i])
         at = i + 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -41,12 +42,13 @@ def _joined(box: Box, items: Sequence[tuple[Box, Tensor]]) -> Tensor:
         edges = [start, *_straight_cuts([b[axis] for b, _ in items], start), stop]
         if len(edges) == 2:
             continue
-        slabs = []
+        slabs, ordered, at = [], sorted(items, key=lambda item: item[0][axis]), 0
         for lo, hi in pairwise(edges):
-            inside = [i for i in items if lo <= i[0][axis][0] and i[0][axis][1] <= hi]
-            if not inside:
+            end = bisect_left(ordered, hi, at, key=lambda item: item[0][axis][0])
+            if end == at:
                 raise ValueError(f"nothing covers {lo}..{hi} of axis {axis}")
-            slabs.append(_joined((*box[:axis], (lo, hi), *box[axis + 1 :]), inside))
+            slabs.append(_joined((*box[:axis], (lo, hi), *box[axis + 1 :]), ordered[at:end]))
+            at = end
         return concat(slabs, axis)
     raise ValueError("no straight cut separates the parts: they overlap, or tile in a way no framework writes")
 

@@ -12,6 +12,7 @@ from ckptconv.assemble import Box
 from ckptconv.checkpoint import Stored
 from ckptconv.containers import dcp_write, torch_write, zarr2_write
 from ckptconv.containers.pickled import Namespace
+from ckptconv.dtypes import FP32
 from ckptconv.errors import ConfigError, UsageError
 from ckptconv.formats import Request
 from ckptconv.megatron import run_config
@@ -28,7 +29,6 @@ from ckptconv.megatron.saving import (
     final_file,
     hf_files,
     step_to_write,
-    stored_dtype,
 )
 from ckptconv.megatron.versions import show
 from ckptconv.plan import File, Plan
@@ -69,7 +69,7 @@ def save(stored: Stored, step: int | str | None, request: Request, form: Form, f
         _common(stored, number, request, form, stacked=stacked),
         *hf_files(stored.extras),
         *(
-            [final_file(f"{folder}/{run_config.NAME}", run_config.render(stored, form, stored_dtype(stored)))]
+            [final_file(f"{folder}/{run_config.NAME}", run_config.render(stored, form, stored.config.dtype or FP32))]
             * filing.run_config
         ),
         final_file(f"{folder}/{TELLING}", json.dumps(told).encode()),
@@ -96,7 +96,7 @@ def _common(stored: Stored, number: int | str, request: Request, form: Form, *, 
 
 def written_args(stored: Stored, request: Request, form: Form) -> Namespace:
     subject = Subject(
-        stored.config, stored.topology, form.core, stored_dtype(stored), divisor(stored.extras, request), form.local,
+        stored.config, stored.topology, form.core, stored.config.dtype or FP32, divisor(stored.extras, request), form.local,
         experts=form.experts, ckpt_format=form.ckpt_format, carried=carried(stored.extras),
     )  # fmt: skip
     return write_args(subject)

@@ -15,6 +15,7 @@ RELEASE = "release"
 FILES = ("model_optim_rng.pt", "model_rng.pt")
 OPTIMIZER_FILES = ("distrib_optim.pt", "optim.pt")
 DISTRIBUTED = (".metadata", "metadata.json")
+MEGATRONS = ("metadata.json", "common.pt")
 HF = "hf"
 _ITERATION = re.compile(r"iter_(\d{1,12})")
 _RANK = re.compile(r"mp_rank_(\d{2,6})(?:_(\d{3,6}))?(?:_(\d{3,6}))?")
@@ -69,6 +70,11 @@ def has_ranks(folder: Path) -> bool:
 def is_distributed(folder: Path) -> bool:
     """Whether a folder is an iteration of a distributed checkpoint (torch_dist, zarr)."""
     return any((folder / name).exists() for name in DISTRIBUTED)
+
+
+def is_plain(folder: Path) -> bool:
+    """Whether torch alone wrote a distributed checkpoint: nothing of Megatron-Core's lies beside `.metadata`."""
+    return (folder / DISTRIBUTED[0]).exists() and not any((folder / name).exists() for name in MEGATRONS)
 
 
 def looks_like(path: Path, holds: Callable[[Path], bool]) -> bool:

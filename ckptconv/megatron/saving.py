@@ -10,7 +10,7 @@ from ckptconv.checkpoint import Extras, Stored
 from ckptconv.config import ModelConfig
 from ckptconv.containers import torch_write
 from ckptconv.containers.pickled import Namespace, Ordered
-from ckptconv.dtypes import FP32, UINT8, DType
+from ckptconv.dtypes import FP32, UINT8
 from ckptconv.errors import ConfigError, UsageError
 from ckptconv.formats import Request
 from ckptconv.huggingface.files import CONFIG, is_side_file
@@ -75,7 +75,7 @@ def save(stored: Stored, wanted: int | str | None, request: Request, form: Form)
         raise ConfigError(f"optimizer state ({', '.join(slots)}) cannot be written yet: --optimizer drop leaves it out")
     step = step_to_write(wanted, stored.extras.step)
     subject = Subject(
-        stored.config, stored.topology, form.core, stored_dtype(stored), divisor(stored.extras, request), form.local,
+        stored.config, stored.topology, form.core, stored.config.dtype or FP32, divisor(stored.extras, request), form.local,
         form.legacy, form.experts, carried=carried(stored.extras),
     )  # fmt: skip
     args = write_args(subject)
@@ -97,16 +97,6 @@ def step_to_write(wanted: int | str | None, source: int | str | None) -> int | s
     if not re.fullmatch(r"\d{1,12}", str(step)):
         raise UsageError(f"--saver.iteration {step}: give a number, or the word {RELEASE}")
     return int(step)
-
-
-def stored_dtype(stored: Stored) -> DType:
-    """The dtype the model is said to be in: that of most bytes."""
-    total: dict[DType, int] = {}
-    for tensors in stored.ranks.values():
-        for tensor in tensors.values():
-            if tensor.dtype.is_float:
-                total[tensor.dtype] = total.get(tensor.dtype, 0) + tensor.nbytes
-    return max(total, key=lambda d: total[d]) if total else FP32
 
 
 def _rank_file(stored: Stored, process: tuple[int, int, int], args: Namespace, step: int | str, form: Form) -> File:

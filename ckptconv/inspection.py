@@ -10,7 +10,9 @@ from ckptconv.canonicalize import canonicalize
 from ckptconv.checkpoint import Checkpoint, Stored
 from ckptconv.config import ModelConfig
 from ckptconv.errors import CkptconvError, UsageError
+from ckptconv.formats import Storing
 from ckptconv.pipeline import Job, load_stored
+from ckptconv.registry import get_format, sniff
 
 VOCABULARY = ("embed.weight", "head.weight")  # what padding rows are found in
 
@@ -19,13 +21,14 @@ Facts = dict[str, object]
 
 def inspect(job: Job, pattern: str | None = None) -> tuple[Facts, CkptconvError | None]:
     """(what was found, what is wrong with it). A checkpoint too broken to load is told file by file."""
+    storage = _storage(job)
     try:
         stored = load_stored(job.source, job.loader, job.loader_options, job.request())[1]
     except UsageError:
         raise
     except CkptconvError as error:
-        return {"path": job.source.name, "files": _files(job.source)}, error
-    facts = describe(stored, pattern)
+        return {"path": job.source.name, **(storage or {"files": _files(job.source)})}, error
+    facts = {**describe(stored, pattern), **storage}
     try:
         checkpoint = canonicalize(stored, job.drop)
     except CkptconvError as error:
@@ -34,6 +37,17 @@ def inspect(job: Job, pattern: str | None = None) -> tuple[Facts, CkptconvError 
     facts["replicas_to_check"] = len(checkpoint.replicas)
     facts["ignored"] = list(checkpoint.dropped)
     return facts, None
+
+
+def _storage(job: Job) -> Facts:
+    """How tensors are filed, where the format has a say in that; nothing where not even that can be told."""
+    try:
+        fmt = get_format(job.loader) if job.loader and job.loader != "auto" else sniff(job.source)
+        return {"storage": fmt.storage(job.source, job.request())} if isinstance(fmt, Storing) else {}
+    except UsageError:
+        raise
+    except (CkptconvError, OSError):
+        return {}  # loading will say why
 
 
 def _parameters(checkpoint: Checkpoint) -> int:

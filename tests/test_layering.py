@@ -34,6 +34,7 @@ huggingface
 formats.hf
 megatron
 formats.mcore formats.legacy
+formats.dcp
 formats.mcore_dist
 registry
 executor

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ckptconv.cli import render_storage
 from ckptconv.errors import UsageError
 from ckptconv.sizes import human
 
@@ -221,6 +222,9 @@ def show_facts(facts: dict[str, Any]) -> None:
         )
         for name, text in row.get("listed", {}).items():
             click.echo(f"      {name}  {text}")
+    if "storage" in facts:
+        for line in render_storage.lines(facts["storage"]):
+            click.echo(line)
     for row in facts.get("files", []):
         rest = ", ".join(f"{k} {v}" for k, v in row.items() if k not in ("file", "bytes"))
         click.echo(f"  {row['file']}  {human(row['bytes'])}  {rest}")

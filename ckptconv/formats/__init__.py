@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ckptconv.checkpoint import Checkpoint, Stored, Target
+from ckptconv.errors import UsageError
 from ckptconv.mapping import Mapping
 from ckptconv.plan import Plan
 from ckptconv.topology import Topology
@@ -60,3 +61,36 @@ class Format(Protocol):
     def usage(self, stored: Stored, dst: str, options: Any) -> str:
         """How the result is loaded by the software it is for."""
         ...
+
+
+@runtime_checkable
+class Storing(Protocol):
+    """What a format has besides, if its files hold tensors in chunks: facts for `inspect`, of sound and of damaged ones."""
+
+    def storage(self, path: Path, request: Request) -> dict[str, object]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class NoOptions:
+    """The options of a side that has none."""
+
+
+class ReadOnly:
+    """The saving half of a format that is only read: it refuses."""
+
+    name = ""
+    Save = NoOptions
+
+    def target(self, checkpoint: Checkpoint, topology: Topology, options: Any, request: Request) -> Target:
+        raise self._refusal()
+
+    def save(self, stored: Stored, options: Any, request: Request) -> Plan:
+        raise self._refusal()
+
+    def usage(self, stored: Stored, dst: str, options: Any) -> str:
+        raise self._refusal()
+
+    def _refusal(self) -> UsageError:
+        return UsageError(
+            f"format {self.name} is only read: convert to another, with --saver FORMAT (see ckptconv formats)"
+        )

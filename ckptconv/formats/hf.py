@@ -13,6 +13,7 @@ from pathlib import Path
 from ckptconv.checkpoint import Checkpoint, Extras, Key, Stored, Target
 from ckptconv.config import ModelConfig
 from ckptconv.containers import json_file, safetensors
+from ckptconv.containers.dcp_metadata import NAME as METADATA
 from ckptconv.dialect import detect
 from ckptconv.dtypes import UINT8
 from ckptconv.errors import CkptconvError, ConfigError, TopologyError, UsageError
@@ -24,6 +25,7 @@ from ckptconv.huggingface.family_config import (
     family_named,
     family_of,
     read_config,
+    with_rows,
     write_config,
 )
 from ckptconv.huggingface.files import (
@@ -38,7 +40,6 @@ from ckptconv.huggingface.files import (
     side_files,
 )
 from ckptconv.leaves import contiguous
-from ckptconv.mapping import Mapping
 from ckptconv.mapping_files import chosen, families, family_names
 from ckptconv.plan import File, Plan, Segment
 from ckptconv.sizes import parse_size
@@ -93,7 +94,9 @@ class Hf:
         if not path.is_dir():
             return False
         try:
-            return has_weights(path) or "model_type" in json_file.read(path / CONFIG)
+            if has_weights(path):
+                return True
+            return not (path / METADATA).exists() and "model_type" in json_file.read(path / CONFIG)
         except CkptconvError:
             return False
 
@@ -110,7 +113,7 @@ class Hf:
         if config.layers > len(weights.tensors):
             found = len(weights.tensors)
             raise ConfigError(f"{config_file}: {config.layers} layers, but {folder} holds only {found} tensors")
-        config = _with_rows(config, weights.tensors, mapping, request, str(config_file))
+        config = with_rows(config, weights.tensors, mapping, request.vocab, str(config_file))
         topology = even(config.layers)
         ranks = {Rank(): {Key(name): tensor for name, tensor in weights.tensors.items()}}
         mapping, variant = detect([mapping], config, topology, ranks)
@@ -201,25 +204,6 @@ def _template_config(template: Path) -> Path:
     if not os.path.lexists(template / CONFIG):
         raise UsageError(f"--saver.template {template}: not a folder with a {CONFIG} in it")
     return inside(template, CONFIG)
-
-
-def _with_rows(
-    config: ModelConfig, tensors: Dict[str, Tensor], mapping: Mapping, request: Request, where: str
-) -> ModelConfig:
-    """The vocabulary held against the rows the embedding has: transformers wants them equal."""
-    stored = [r.stored for r in mapping.rules if any(a.expr == "embed.weight" and not a.copy for a in r.alternatives)]
-    tensor = next((tensors[name] for name in stored if name in tensors), None)
-    rows = tensor.shape[0] if tensor is not None and tensor.shape else config.vocab_rows
-    if request.vocab is not None:
-        if request.vocab > rows:
-            raise ConfigError(f"--vocab-size {request.vocab}: the embedding has only {rows} rows")
-        return replace(config, vocab=request.vocab, vocab_rows=rows)
-    if rows != config.vocab_rows:
-        raise ConfigError(
-            f"{where}: vocab_size is {config.vocab_rows}, but the embedding ({stored[0]}) has {rows} rows; "
-            "if the rest is padding, say how many are real with --vocab-size"
-        )
-    return config
 
 
 @dataclass(frozen=True, slots=True)

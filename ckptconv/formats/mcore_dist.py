@@ -7,15 +7,16 @@ from pathlib import Path
 
 from ckptconv.checkpoint import Checkpoint, Stored, Target
 from ckptconv.config import ModelConfig
+from ckptconv.containers import storage
 from ckptconv.errors import TopologyError, UsageError
 from ckptconv.formats import Request
 from ckptconv.formats.mcore import LOCAL, TE
 from ckptconv.mapping_files import chosen
-from ckptconv.megatron import dist_loading, dist_saving, saving
+from ckptconv.megatron import dist_loading, dist_saving, run_config, saving
 from ckptconv.megatron.args_write import refuse_inexpressible
 from ckptconv.megatron.dist_loading import TORCH_DIST, ZARR
 from ckptconv.megatron.extra_state import ExtraState
-from ckptconv.megatron.folders import is_distributed, looks_like
+from ckptconv.megatron.folders import MEGATRONS, is_distributed, is_plain, looks_like, open_distributed
 from ckptconv.megatron.usage import usage
 from ckptconv.megatron.versions import NEWEST, PORTABLE_TE, Core, core_version, show, te_version
 from ckptconv.plan import Plan
@@ -87,12 +88,17 @@ class McoreDist:
     Save = McoreDistSave
 
     def sniff(self, path: Path) -> bool:
-        return path.is_dir() and looks_like(path, is_distributed)
+        return path.is_dir() and looks_like(path, lambda folder: is_distributed(folder) and not is_plain(folder))
 
     def load(self, path: Path, options: McoreDistLoad, request: Request) -> Stored:
         if options.zarr_missing not in MISSING:
             raise UsageError(f"--loader.zarr-missing {options.zarr_missing}: choose {' or '.join(MISSING)}")
         return dist_loading.load(path, options.config, request, self.name, options.zarr_missing)
+
+    def storage(self, path: Path, request: Request) -> dict[str, object]:
+        folder = open_distributed(path, request.iteration).folder
+        described = storage.zarr if dist_loading.backend(folder) == ZARR else storage.torch_dist
+        return described(folder, (*MEGATRONS, run_config.NAME))
 
     def target(self, checkpoint: Checkpoint, topology: Topology, options: McoreDistSave, request: Request) -> Target:
         config = checkpoint.config

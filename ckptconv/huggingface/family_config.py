@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Sequence
+from collections.abc import Mapping as Dict
 from dataclasses import MISSING, fields, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from ckptconv.errors import ConfigError, MappingError, UsageError
 from ckptconv.huggingface.config_codecs import ABSENT, CODECS, Entry, Section, Table, plain
 from ckptconv.mapping import Mapping
 from ckptconv.mapping_files import chosen, family_names
+from ckptconv.tensor import Tensor
 
 TABLES = ("default", "const")
 MAX_INDEX = 8192  # layers or experts: a file that claims more is lying, and would cost its number in memory
@@ -87,6 +89,25 @@ def _check_size(entry: Entry, value: object, where: str) -> None:
     limit = MAX_INDEX if entry.field in ("layers", "experts") else MAX_SIZE
     if type(value) is int and not 0 <= value <= limit:
         raise ConfigError(f"{where}: {entry.key} is {value}, expected 0 to {limit}")
+
+
+def with_rows(
+    config: ModelConfig, tensors: Dict[str, Tensor], mapping: Mapping, vocab: int | None, where: str
+) -> ModelConfig:
+    """The vocabulary held against the rows the embedding has: transformers wants them equal."""
+    stored = [r.stored for r in mapping.rules if any(a.expr == "embed.weight" and not a.copy for a in r.alternatives)]
+    tensor = next((tensors[name] for name in stored if name in tensors), None)
+    rows = tensor.shape[0] if tensor is not None and tensor.shape else config.vocab_rows
+    if vocab is not None:
+        if vocab > rows:
+            raise ConfigError(f"--vocab-size {vocab}: the embedding has only {rows} rows")
+        return replace(config, vocab=vocab, vocab_rows=rows)
+    if rows != config.vocab_rows:
+        raise ConfigError(
+            f"{where}: vocab_size is {config.vocab_rows}, but the embedding ({stored[0]}) has {rows} rows; "
+            "if the rest is padding, say how many are real with --vocab-size"
+        )
+    return config
 
 
 def write_config(config: ModelConfig, base: Table | None, mapping: Mapping) -> tuple[Table, list[str]]:

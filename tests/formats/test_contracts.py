@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from ckptconv.formats import ReadOnly
 from ckptconv.formats.hf import Hf
 from ckptconv.formats.legacy import Legacy
 from ckptconv.formats.mcore import Mcore
@@ -78,7 +79,11 @@ for _name in mapping_paths():
 
 def test_every_built_in_format_has_its_contract() -> None:
     held = {c.format.name for c in (TestHf, TestMcore, TestMcoreDist, TestLegacy)}
-    assert held == set(BUILT_IN) == {name for name, (origin, _) in formats().items() if origin == "built-in"}
+    read_only = {name for name, (_, fmt) in formats().items() if isinstance(fmt, ReadOnly)}
+    assert read_only == {"dcp"}, "what is only read has tests of its own: test_dcp_format.py"
+    assert (
+        held | read_only == set(BUILT_IN) == {name for name, (origin, _) in formats().items() if origin == "built-in"}
+    )
 
 
 def test_every_mapping_is_found_by_name() -> None:

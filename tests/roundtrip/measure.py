@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 from ckptconv import ExecuteOptions, Job, Tensor, convert, prepare
-from ckptconv.formats import hf, mcore
+from ckptconv.formats import hf, mcore, mcore_dist
 from ckptconv.layout import layout_from
 
-LOADED = hf, mcore
+LOADED = hf, mcore, mcore_dist
 
 
 def noted(file: str, field: str) -> int:
@@ -25,12 +25,15 @@ def noted(file: str, field: str) -> int:
 
 
 def plan(source: str, layout: str) -> dict[str, float]:
-    job = Job(Path(source), saver="mcore", layout=layout_from(json.loads(layout)))
+    asked = json.loads(layout)
+    counts = asked.pop("pp_layers", None)
+    job = Job(Path(source), saver="mcore", layout=layout_from(asked, counts))
     base, read, start = noted("status", "VmHWM"), noted("io", "rchar"), time.process_time()
     files = prepare(job).plan.files
     seconds = time.process_time() - start
     return {
         "seconds": seconds,
+        "peak": noted("status", "VmHWM"),
         "grown": noted("status", "VmHWM") - base,
         "read": noted("io", "rchar") - read,
         "files": len(files),

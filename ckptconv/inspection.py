@@ -40,10 +40,12 @@ def inspect(job: Job, pattern: str | None = None) -> tuple[Facts, CkptconvError 
 
 
 def _storage(job: Job) -> Facts:
-    """How tensors are filed, where the format has a say in that; nothing where not even that can be told."""
+    """The format, and how tensors are filed, where the format has a say in that; nothing where not even that can be told."""
     try:
         fmt = get_format(job.loader) if job.loader and job.loader != "auto" else sniff(job.source)
-        return {"storage": fmt.storage(job.source, job.request())} if isinstance(fmt, Storing) else {}
+        if not isinstance(fmt, Storing):
+            return {}
+        return {"format": fmt.name, "storage": fmt.storage(job.source, job.request())}
     except UsageError:
         raise
     except (CkptconvError, OSError):

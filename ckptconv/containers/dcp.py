@@ -1,6 +1,7 @@
 """Reading a torch distributed checkpoint: a folder of `.metadata` and .distcp files, as Megatron-Core and torch write it.
 
-`read` opens `.metadata` alone and holds it against the sizes of the files; `tensors` and `value` then open blobs.
+`read` opens `.metadata` alone and holds it against the sizes of the files; `interpret` does so with files that lie
+elsewhere, such as in an archive. `tensors` and `value` then open blobs.
 Byte layout: docs/formats/torch_dist.md.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import math
 import stat
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,16 +19,19 @@ from ckptconv.assemble import Box, assemble
 from ckptconv.collecting import no_collecting
 from ckptconv.containers import dcp_blobs, dcp_tiling, torch_file
 from ckptconv.containers.dcp_metadata import MAX_SIZE, NAME, Metadata, Piece, Place, Told, read_metadata
+from ckptconv.containers.problems import fail
+from ckptconv.containers.ranges import locate
 from ckptconv.dtypes import BY_TORCH, DType
 from ckptconv.errors import FormatError
 from ckptconv.leaves import full
 from ckptconv.source import Source
 from ckptconv.tensor import Shape, Tensor
 
-MAX_LISTED = 1000
 SUFFIX = ".distcp"
+MISSING = -1  # stands for the size of a file that is named and not there
 
 Item = Source  # the bytes of one blob: what torch.save wrote
+Files = Mapping[str, Source]
 
 
 class Chunk(NamedTuple):
@@ -48,13 +52,13 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Dcp:
-    """What a folder holds. Nothing in it contradicts `.metadata`, as far as can be told without opening a blob.
+    """What a set of named files holds. Nothing in it contradicts `.metadata`, as far as can be told without opening a blob.
 
     `reformulated`: the shapes that tensors had before Megatron-Core (up to 0.15) flattened them; such a tensor's entry
     has one more axis. `unused`: bytes of .distcp files that `.metadata` does not speak of.
     """
 
-    folder: Path
+    where: str
     tensors: dict[str, Entry]
     objects: dict[str, Item]
     reformulated: dict[str, Shape]
@@ -63,27 +67,37 @@ class Dcp:
 
 def read(folder: Path) -> Dcp:
     """The checkpoint in a folder. All that is wrong with it is listed in one error."""
-    found, problems = examine(folder)
-    fail(folder / NAME, problems)
-    return found
+    return interpret(str(folder), _files(folder))
 
 
 def examine(folder: Path) -> tuple[Dcp, list[str]]:
     """What is sound in a folder, and all that is wrong with the rest."""
-    path = folder / NAME
-    if not path.exists():
-        raise FormatError(path, "is missing: not a torch distributed checkpoint, or one whose save did not finish")
+    return _interpret(str(folder), _files(folder))
+
+
+def interpret(where: str, files: Files) -> Dcp:
+    """The checkpoint that files with these names make, be they of a folder or an archive; errors as of `read`."""
+    found, problems = _interpret(where, files)
+    fail(f"{where}/{NAME}", problems)
+    return found
+
+
+def _interpret(where: str, files: Files) -> tuple[Dcp, list[str]]:
+    name = f"{where}/{NAME}"
+    if NAME not in files:
+        raise FormatError(name, "is missing: not a torch distributed checkpoint, or one whose save did not finish")
     with no_collecting():
-        told = read_metadata(path)
-        sizes, ranges = _sizes(folder, told), _ranges(told)
+        told = read_metadata(files[NAME], name)
+        files = _chunk_files(where, files, told)
+        ranges = _ranges(told)
         problems = list(told.problems)
-        problems += _wrong_ranges(sizes, ranges)
+        problems += _wrong_ranges(files, ranges)
         problems += [f"{key}: has bytes stored, but is not described" for key in told.places if key not in told.keys]
-        objects = {key: item for key in told.objects if (item := _object(folder, told, key, problems))}
+        objects = {key: item for key in told.objects if (item := _object(files, told, key, problems))}
         tensors = {
-            key: entry for key, value in told.tensors.items() if (entry := _entry(folder, told, key, value, problems))
+            key: entry for key, value in told.tensors.items() if (entry := _entry(files, told, key, value, problems))
         }
-    return Dcp(folder, tensors, objects, told.reformulated, tuple(_unused(folder, sizes, ranges))), problems
+    return Dcp(where, tensors, objects, told.reformulated, tuple(_unused(files, ranges))), problems
 
 
 def tensors(dcp: Dcp, keys: Collection[str] | None = None) -> dict[str, Tensor]:
@@ -97,7 +111,7 @@ def tensors(dcp: Dcp, keys: Collection[str] | None = None) -> dict[str, Tensor]:
     problems: list[str] = []
     with no_collecting():
         found = dcp_blobs.tensors(wanted, problems)
-        fail(dcp.folder, problems)
+        fail(dcp.where, problems)
         return {key: _assembled(entry, found) for key, entry in entries.items()}
 
 
@@ -106,32 +120,22 @@ def value(item: Item) -> object:
     return torch_file.read(item, where=dcp_blobs.where_is(item))
 
 
-def fail(where: Path, problems: list[str]) -> None:
-    """Raise one error that lists them all, if there are any."""
-    if len(problems) == 1:
-        raise FormatError(where, problems[0])
-    if problems:
-        more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
-        listed = "\n  ".join([*problems[:MAX_LISTED], *more])
-        raise FormatError(where, f"{len(problems)} things are wrong:\n  {listed}")
-
-
 def _assembled(entry: Entry, found: dict[Source, Tensor]) -> Tensor:
     if 0 in entry.shape:  # there may be no chunk, or many that are empty
         return full(entry.shape, entry.dtype, 0)
     return assemble(entry.shape, [(chunk.offset, found[chunk.item]) for chunk in entry.chunks])
 
 
-def _object(folder: Path, told: Metadata, key: str, problems: list[str]) -> Item | None:
+def _object(files: Files, told: Metadata, key: str, problems: list[str]) -> Item | None:
     places = told.places.get(key, [])
     if len(places) == 1 and places[0].offset is None:
-        return _item(folder, places[0])
+        return _item(files, places[0])
     found = f"in {len(places)} places" if len(places) > 1 else "as a chunk of a tensor" if places else "nowhere"
     problems.append(f"{key}: is an object, yet stored {found}")
     return None
 
 
-def _entry(folder: Path, told: Metadata, key: str, value: Told, problems: list[str]) -> Entry | None:
+def _entry(files: Files, told: Metadata, key: str, value: Told, problems: list[str]) -> Entry | None:
     """A tensor, its pieces held against its shape and matched with their places."""
     dtype = BY_TORCH.get(value.dtype)
     wrong = [] if dtype else [f"is of type torch.{value.dtype}, which is not supported"]
@@ -145,7 +149,7 @@ def _entry(folder: Path, told: Metadata, key: str, value: Told, problems: list[s
     if wrong or dtype is None:
         return None
     matched = zip(pieces, places, strict=True)
-    return Entry(dtype, value.shape, tuple(Chunk(*piece, _item(folder, place)) for piece, place in matched))
+    return Entry(dtype, value.shape, tuple(Chunk(*piece, _item(files, place)) for piece, place in matched))
 
 
 def _unmatched(described: Sequence[Shape], stored: Sequence[Shape | None]) -> list[str]:
@@ -171,18 +175,23 @@ def _box(piece: Piece) -> Box:
     return tuple((o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
 
 
-def _item(folder: Path, place: Place) -> Item:
-    return Source(str(folder / place.file), place.start, place.nbytes)
+def _item(files: Files, place: Place) -> Item:
+    return files[place.file].inside(place.start, place.nbytes)
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def _sizes(folder: Path, told: Metadata) -> dict[str, int | None]:
-    """The size of each file that is named or has the suffix; None where there is no such file."""
-    names = {place.file for places in told.places.values() for place in places}
-    names |= {path.name for path in folder.glob(f"*{SUFFIX}")}
-    return {name: _size(folder / name) for name in sorted(names)}
+def _files(folder: Path) -> Files:
+    """The regular files of a folder; of `.metadata`, if there is one, it is an error to be anything else."""
+    if not (folder / NAME).exists():
+        return {}
+    try:
+        sizes = {path: _size(path) for path in folder.iterdir()}
+    except OSError as error:
+        raise FormatError(folder, f"cannot be listed: {error.strerror}") from None
+    found = {path.name: Source(str(path), 0, size) for path, size in sizes.items() if size is not None}
+    return {**found, NAME: locate(folder / NAME)}
 
 
 def _size(path: Path) -> int | None:
@@ -191,6 +200,13 @@ def _size(path: Path) -> int | None:
     except OSError:
         return None
     return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def _chunk_files(where: str, files: Files, told: Metadata) -> Files:
+    """Each file that is named or has the suffix. One that is not there has the size MISSING."""
+    names = {place.file for places in told.places.values() for place in places}
+    names |= {name for name in files if name.endswith(SUFFIX)}
+    return {name: files.get(name) or Source(f"{where}/{name}", 0, MISSING) for name in sorted(names)}
 
 
 def _ranges(told: Metadata) -> dict[str, list[tuple[int, int, str]]]:
@@ -202,11 +218,11 @@ def _ranges(told: Metadata) -> dict[str, list[tuple[int, int, str]]]:
     return {name: sorted(ranges) for name, ranges in sorted(by_file.items())}
 
 
-def _wrong_ranges(sizes: dict[str, int | None], ranges: dict[str, list[tuple[int, int, str]]]) -> list[str]:
+def _wrong_ranges(files: Files, ranges: dict[str, list[tuple[int, int, str]]]) -> list[str]:
     problems = []
     for name, inside in ranges.items():
-        size = sizes[name]
-        if size is None:
+        size = files[name].nbytes
+        if size == MISSING:
             keys = ", ".join(dict.fromkeys(key for _, _, key in inside[:3]))
             problems.append(f"{name}: is missing or not a regular file; {len(inside)} chunks lie in it, such as {keys}")
             continue
@@ -219,12 +235,12 @@ def _wrong_ranges(sizes: dict[str, int | None], ranges: dict[str, list[tuple[int
     return problems
 
 
-def _unused(folder: Path, sizes: dict[str, int | None], ranges: dict[str, list[tuple[int, int, str]]]) -> list[Source]:
+def _unused(files: Files, ranges: dict[str, list[tuple[int, int, str]]]) -> list[Source]:
     out = []
-    for name, size in sizes.items():
+    for name, file in files.items():
         at = 0
-        for start, stop, _ in [*ranges.get(name, []), (size or 0, 0, "")]:
+        for start, stop, _ in [*ranges.get(name, []), (max(file.nbytes, 0), 0, "")]:
             if start > at:
-                out.append(Source(str(folder / name), at, start - at))
+                out.append(file.inside(at, start - at))
             at = stop
     return out

@@ -17,6 +17,7 @@ from ckptconv.containers.plain_calls import Args, Call
 from ckptconv.containers.ranges import HeaderReader, locate
 from ckptconv.containers.unpickle import Unpickler
 from ckptconv.errors import FormatError
+from ckptconv.source import Source
 from ckptconv.tensor import Shape
 
 NAME = ".metadata"
@@ -82,18 +83,20 @@ class Metadata(NamedTuple):
     problems: list[str]
 
 
-def read_metadata(path: Path) -> Metadata:
+def read_metadata(place: Path | Source, where: str = "") -> Metadata:
     """Parse the file; FormatError where it is not a pickle of the class that it should be."""
-    root, nbytes = _unpickle(path)
+    source = locate(place)
+    where = where or source.path
+    root = _unpickle(source, where)
     state = root.state if isinstance(root, (Known, Opaque)) else None
     if not isinstance(state, dict) or not {"state_dict_metadata", "storage_data"} <= state.keys():
-        raise FormatError(path, f"holds {_kind(root)}, not the metadata of a torch distributed checkpoint")
+        raise FormatError(where, f"holds {_kind(root)}, not the metadata of a torch distributed checkpoint")
     told, stored = state["state_dict_metadata"], state["storage_data"]
     if not isinstance(told, dict) or not isinstance(stored, dict):
         kind = type(stored if isinstance(told, dict) else told).__name__
-        raise FormatError(path, f"its tables of tensors and of places are not dicts but a {kind}")
-    if sum(map(_chunk_count, told.values())) > nbytes // CHUNK_BYTES:
-        raise FormatError(path, "describes the same chunks over and over (a bomb)")
+        raise FormatError(where, f"its tables of tensors and of places are not dicts but a {kind}")
+    if sum(map(_chunk_count, told.values())) > source.nbytes // CHUNK_BYTES:
+        raise FormatError(where, "describes the same chunks over and over (a bomb)")
     found = Metadata(set(), {}, [], {}, {}, [])
     for key, value in told.items():
         _take_entry(found, key, value)
@@ -103,18 +106,16 @@ def read_metadata(path: Path) -> Metadata:
     return found
 
 
-def _unpickle(path: Path) -> tuple[object, int]:
-    """What the file holds, and how many bytes it has."""
-    source = locate(path)
+def _unpickle(source: Source, where: str) -> object:
     if source.nbytes > MAX_METADATA:
-        raise FormatError(path, f"has {source.nbytes} bytes; more than {MAX_METADATA} are not read")
-    with HeaderReader(source, str(path)) as reader:
+        raise FormatError(where, f"has {source.nbytes} bytes; more than {MAX_METADATA} are not read")
+    with HeaderReader(source, where) as reader:
         data = reader.read(0, source.nbytes, "the metadata")
-    unpickler = Unpickler(data, str(path), _CALLS)
+    unpickler = Unpickler(data, where, _CALLS)
     root = unpickler.load()
     if unpickler.pos != len(data):
-        raise FormatError(path, f"has {len(data) - unpickler.pos} bytes after the pickle")
-    return root, source.nbytes
+        raise FormatError(where, f"has {len(data) - unpickler.pos} bytes after the pickle")
+    return root
 
 
 def _chunk_count(value: object) -> int:

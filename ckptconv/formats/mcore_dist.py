@@ -16,7 +16,7 @@ from ckptconv.megatron import dist_loading, dist_saving, run_config, saving
 from ckptconv.megatron.args_write import refuse_inexpressible
 from ckptconv.megatron.dist_loading import TORCH_DIST, ZARR
 from ckptconv.megatron.extra_state import ExtraState
-from ckptconv.megatron.folders import MEGATRONS, is_distributed, is_plain, looks_like, open_distributed
+from ckptconv.megatron.folders import DIGESTS, MEGATRONS, is_distributed, is_plain, looks_like, open_distributed
 from ckptconv.megatron.usage import usage
 from ckptconv.megatron.versions import NEWEST, PORTABLE_TE, Core, core_version, show, te_version
 from ckptconv.plan import Plan
@@ -98,7 +98,7 @@ class McoreDist:
     def storage(self, path: Path, request: Request) -> dict[str, object]:
         folder = open_distributed(path, request.iteration).folder
         described = storage.zarr if dist_loading.backend(folder) == ZARR else storage.torch_dist
-        return described(folder, (*MEGATRONS, run_config.NAME))
+        return described(folder, (*MEGATRONS, DIGESTS, run_config.NAME))
 
     def target(self, checkpoint: Checkpoint, topology: Topology, options: McoreDistSave, request: Request) -> Target:
         config = checkpoint.config

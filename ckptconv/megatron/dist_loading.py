@@ -23,6 +23,7 @@ from ckptconv.tensor import Shape, Tensor
 from ckptconv.topology import Rank, even
 
 COMMON, TELLING = "common.pt", "metadata.json"
+COMMON_STATE = "common_state/shard_0_1"
 TORCH_DIST, ZARR = "torch_dist", "zarr"
 BLOB = 2048  # bytes; a blob with nothing in it takes 1.1 to 1.5 kB
 
@@ -42,9 +43,9 @@ def load(path: Path, config: Path | None, request: Request, format_name: str, za
     iteration = open_distributed(path, request.iteration)
     folder = iteration.folder
     contents = _zarr(folder, zarr_missing) if backend(folder) == ZARR else _torch_dist(folder)
-    keys = sort_keys(contents.shapes, contents.objects)
-    common = _common(folder)
-    args, where = args_of(common, folder / COMMON), f"{COMMON} args"
+    keys = sort_keys(contents.shapes, (key for key in contents.objects if key != COMMON_STATE))
+    common, place = _common(folder, contents)
+    args, where = args_of(common, folder / place), f"{place} args"
     if args is not None:
         refuse_unsupported(args, where)
     measured = measure_whole({key: contents.shapes[key] for key in keys.model})
@@ -66,7 +67,7 @@ def load(path: Path, config: Path | None, request: Request, format_name: str, za
         strays.append("_extra_state with contents (fp8 scaling factors)")
     notes += (*rows_note, *((f"left behind: {', '.join(strays)}",) if strays else ()))
     extras = Extras(
-        step=step_of(common, folder / COMMON) if iteration.step is None else iteration.step, files=beside.files, notes=notes,
+        step=step_of(common, folder / place) if iteration.step is None else iteration.step, files=beside.files, notes=notes,
         objects={"args": args or {}, "backend": backend(folder), "state": list(dict.fromkeys([*state_of(common), *keys.state]))},
     )  # fmt: skip
     return Stored(format_name, mapping, variant, topology, architecture, ranks, {Rank(): folder.name}, extras)
@@ -103,15 +104,18 @@ def _zarr(folder: Path, missing: str) -> Contents:
     )
 
 
-def _common(folder: Path) -> dict[object, object]:
-    """What is not cut over ranks; files that torch alone wrote have none of it."""
-    path = folder / COMMON
-    if not path.exists():
-        return {}
-    saved = torch_file.read(path)
+def _common(folder: Path, contents: Contents) -> tuple[dict[object, object], str]:
+    """What is not cut over ranks, and where it lies: a file, or from 0.19 on an object; files of torch alone have neither."""
+    saved: object = {}
+    place = COMMON
+    if (folder / COMMON).exists():
+        saved = torch_file.read(folder / COMMON)
+    elif COMMON_STATE in contents.objects:
+        listed, place = contents.value(COMMON_STATE), COMMON_STATE
+        saved = listed[0] if isinstance(listed, list) and len(listed) == 1 else listed
     if not isinstance(saved, dict):
-        raise FormatError(path, f"holds a {type(saved).__name__}, expected a dictionary")
-    return saved
+        raise FormatError(folder / place, f"holds a {type(saved).__name__}, expected a dictionary")
+    return saved, place
 
 
 def _without_rows(args: dict[str, object] | None, rows: int) -> tuple[tuple[str, ...], dict[str, object] | None]:

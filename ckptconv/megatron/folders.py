@@ -16,6 +16,7 @@ FILES = ("model_optim_rng.pt", "model_rng.pt")
 OPTIMIZER_FILES = ("distrib_optim.pt", "optim.pt")
 DISTRIBUTED = (".metadata", "metadata.json")
 MEGATRONS = ("metadata.json", "common.pt")
+DIGESTS = "integrity.json"  # of all other files; Megatron-Core writes it from 0.18 on, if asked to
 HF = "hf"
 _ITERATION = re.compile(r"iter_(\d{1,12})")
 _RANK = re.compile(r"mp_rank_(\d{2,6})(?:_(\d{3,6}))?(?:_(\d{3,6}))?")

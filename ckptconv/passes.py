@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from ckptconv.checkpoint import Checkpoint, Key
@@ -13,6 +14,9 @@ from ckptconv.tensor import Tensor
 from ckptconv.values import Cast
 
 STATE_SLOTS = frozenset({"exp_avg", "exp_avg_sq"})  # moments: padded with zeros, never cast
+RowOf = Callable[
+    [Key, Tensor, int], Tensor
+]  # (name, the true rows, vocabulary axis) -> the one row that new ones repeat
 
 
 def cast(checkpoint: Checkpoint, dtype: str, mapping: Mapping) -> Checkpoint:
@@ -48,25 +52,49 @@ def resize_vocabulary(checkpoint: Checkpoint, rows: int, mapping: Mapping) -> Ch
             "give --vocab-size"
         )
 
+    return _with_rows(checkpoint, rows, last_row, mapping)
+
+
+def grow_vocabulary(checkpoint: Checkpoint, rows: int, row_of: RowOf, mapping: Mapping) -> Checkpoint:
+    """A true vocabulary of `rows` entries: those it has stay as they are, and each new one is what `row_of` says."""
+    config = checkpoint.config
+    true = config.vocab if config.vocab is not None else config.vocab_rows
+    if rows < true:
+        raise ConfigError(f"a vocabulary of {true} cannot grow to {rows} rows")
+    grown = _with_rows(checkpoint, rows, row_of, mapping)
+    return replace(grown, config=replace(grown.config, vocab=rows))
+
+
+def last_row(key: Key, kept: Tensor, axis: int) -> Tensor:
+    """The last true row, as Megatron's converters pad."""
+    return kept.narrow(axis, kept.shape[axis] - 1, kept.shape[axis])
+
+
+def zero_row(key: Key, kept: Tensor, axis: int) -> Tensor:
+    return Fill((*kept.shape[:axis], 1, *kept.shape[axis + 1 :]), kept.dtype)
+
+
+def vocabulary_axes(key: Key, mapping: Mapping) -> tuple[int, ...]:
+    """Which axes of an atom count the words of the vocabulary."""
+    atom = mapping.vocabulary.atom_of(key.name)
+    return tuple(axis for axis, name in enumerate(atom.axes) if name == "vocab") if atom else ()
+
+
+def _with_rows(checkpoint: Checkpoint, rows: int, row_of: RowOf, mapping: Mapping) -> Checkpoint:
+    config = checkpoint.config
+    true = config.vocab if config.vocab is not None else config.vocab_rows
+
     def one(key: Key, tensor: Tensor) -> Tensor:
-        atom = mapping.vocabulary.atom_of(key.name)
-        for axis, name in enumerate(atom.axes if atom else ()):
-            if name == "vocab":
-                tensor = _resized(tensor, axis, true, rows, zeros=key.slot in STATE_SLOTS)
+        for axis in vocabulary_axes(key, mapping):
+            kept = tensor.narrow(axis, 0, true)
+            tensor = kept
+            if rows > true:
+                row = (zero_row if key.slot in STATE_SLOTS else row_of)(key, kept, axis)
+                tensor = concat([kept, row.expand(axis, rows - true)], axis)
         return tensor
 
     tensors = {key: one(key, tensor) for key, tensor in checkpoint.tensors.items()}
     return replace(checkpoint, tensors=tensors, config=replace(config, vocab_rows=rows))
-
-
-def _resized(tensor: Tensor, axis: int, true: int, rows: int, *, zeros: bool) -> Tensor:
-    kept = tensor.narrow(axis, 0, true)
-    if rows == true:
-        return kept
-    if zeros:
-        shape = (*kept.shape[:axis], rows - true, *kept.shape[axis + 1 :])
-        return concat([kept, Fill(shape, kept.dtype)], axis)
-    return concat([kept, kept.narrow(axis, true - 1, true).expand(axis, rows - true)], axis)
 
 
 def with_vocabulary(checkpoint: Checkpoint, vocab: int | None) -> Checkpoint:

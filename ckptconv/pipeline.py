@@ -155,7 +155,7 @@ def convert(
 
 
 def check_places(src: Path, dst: Path) -> None:
-    """Source and destination must not be the same folder, nor one inside the other."""
+    """Source and destination, folders or files, must not be the same, nor one inside the other."""
     a, b = src.resolve(), dst.resolve()
     if a == b or a in b.parents or b in a.parents:
         raise UsageError(f"source {src} and destination {dst} are the same or one lies inside the other")

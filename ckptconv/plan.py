@@ -56,12 +56,16 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`about` goes into the manifest (versions, options, what was dropped); `root` is what source paths are told relative to."""
+    """`about` goes into the manifest (versions, options, what was dropped); `root` is what source paths are told relative to.
+
+    `single`: the result is no folder but its only file, at the destination itself; the file's path is then just a title.
+    """
 
     files: tuple[File, ...]
     checks: tuple[Check, ...] = ()
     about: dict[str, object] = field(default_factory=dict)
     root: str = ""
+    single: bool = False
 
     @property
     def nbytes(self) -> int:

@@ -1,28 +1,43 @@
-"""Where a result goes: the folder it is made in, its journal, and the steps that make it appear at once."""
+"""Where a result goes, folder or single file: the folder it is made in, its journal, and the steps that make it appear at once."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from ckptconv.errors import PlanError
-from ckptconv.executor.fingerprint import MANIFEST, OURS
+from ckptconv.executor.fingerprint import MANIFEST, OURS, manifest_path
 from ckptconv.executor.journal import Seal
 from ckptconv.executor.system import exchange
 
 
 class Destination(NamedTuple):
-    """`partial` and `journal` are siblings of `final`, or inside it (`inside`) where none can be put in its place."""
+    """`partial` and `journal` are siblings of `final`, or inside it (`inside`) where none can be put in its place.
+
+    `title` is for a result that is a single file: its path below `partial`.
+    """
 
     final: str
     partial: str
     journal: str
     inside: bool
+    title: str = ""
+
+    @property
+    def complete(self) -> str:
+        """What becomes `final`."""
+        return f"{self.partial}/{self.title}" if self.title else self.partial
+
+    @property
+    def manifest(self) -> str:
+        """Where the manifest will be."""
+        return manifest_path(self.final, bool(self.title))
 
     @property
     def aside(self) -> str:
@@ -30,31 +45,36 @@ class Destination(NamedTuple):
         return self.final + ".replaced"
 
 
-def locate(dst: Path) -> Destination:
-    """Choose the place to work in; nothing is made or changed."""
+def locate(dst: Path, title: str = "") -> Destination:
+    """Choose the place to work in (`title`: for a single file); nothing is made or changed."""
     final = os.path.realpath(dst)
     parent, name = os.path.split(final)
     if not name:
         raise PlanError(f"{dst} cannot be a destination")
     if not os.path.isdir(parent):
         raise PlanError(f"{parent} is not a folder: make it first")
-    inside = os.path.isdir(final) and (not os.access(parent, os.W_OK | os.X_OK) or _mounted(final))
+    inside = not title and os.path.isdir(final) and (not os.access(parent, os.W_OK | os.X_OK) or _mounted(final))
     if inside:
         return Destination(final, f"{final}/{OURS}partial", f"{final}/{OURS}journal", True)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise PlanError(f"{parent} cannot be written to")
-    return Destination(final, final + ".partial", final + ".journal", False)
+    return Destination(final, final + ".partial", final + ".journal", False, title)
 
 
 def check_free(place: Destination, force: bool, sources: Iterable[str]) -> None:
-    """The destination must be absent or an empty folder; a folder that holds a source is never replaced."""
+    """The destination must be absent or an empty folder; what is or holds a source is never replaced."""
+    if os.path.lexists(place.final):
+        for path in sorted({os.path.realpath(path) for path in sources}):
+            if os.path.commonpath([path, place.final]) == place.final:
+                raise PlanError(f"{place.final} is or holds the source {path}: choose another destination")
+    if place.title:
+        _check_file(place.final, force)
+        _check_file(place.manifest, force)
+        return
     if force and not place.inside and os.path.lexists(place.aside):
         raise PlanError(f"{place.aside} is in the way: remove it first")
     if not os.path.lexists(place.final):
         return
-    for folder in {os.path.dirname(os.path.realpath(path)) for path in sources}:
-        if os.path.commonpath([folder, place.final]) == place.final:
-            raise PlanError(f"{place.final} holds the source {folder}: choose another destination")
     if os.path.isdir(place.final) and all(name.startswith(OURS) for name in os.listdir(place.final)):
         return
     if place.inside:
@@ -63,6 +83,19 @@ def check_free(place: Destination, force: bool, sources: Iterable[str]) -> None:
         raise PlanError(
             f"{place.final} exists and is not an empty folder (--force replaces it once the new one is complete)"
         )
+
+
+def _check_file(path: str, force: bool) -> None:
+    """A single file, and its manifest, replace a file at most."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        found = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise PlanError(f"{path} is {found}, the result is a single file: choose another destination")
+    if not force:
+        raise PlanError(f"{path} exists (--force replaces it once the new one is complete)")
 
 
 def check_space(place: Destination, sizes: Iterable[int]) -> None:
@@ -85,14 +118,20 @@ def in_place(place: Destination, seal: Seal) -> bool:
 
 
 def commit(place: Destination, seal: Seal, sync: Callable[[str], None]) -> None:
-    """Make the complete partial folder the result. Stopped anywhere, old or new is whole; doing it again ends it."""
+    """Make what is complete the result. Stopped anywhere, old or new is whole; doing it again ends it."""
     if place.inside:
         _move_out(place, sync)
         return
     if not in_place(place, seal):
-        _put_in_place(place, seal)
+        if seal.single:
+            _put_file_in_place(place, seal, sync)
+        else:
+            _put_in_place(place, seal)
     sync(os.path.dirname(place.final))
-    if seal.force:  # the result that was replaced has either name
+    if seal.single:
+        _put_manifest_beside(place, seal, sync)
+        _remove(place.partial)
+    elif seal.force:  # the result that was replaced has either name
         _remove(place.partial)
         _remove(place.aside)
 
@@ -106,10 +145,45 @@ def _put_in_place(place: Destination, seal: Seal) -> None:
         os.rename(place.partial, place.final)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise PlanError(
-                f"{place.final} appeared meanwhile; the result is complete: remove it, and run this again"
-            ) from None
+            raise _appeared(place.final) from None
         raise
+
+
+def _put_file_in_place(place: Destination, seal: Seal, sync: Callable[[str], None]) -> None:
+    """An old manifest goes before the file it speaks of, so that none ever stands beside a file that it does not describe."""
+    if seal.force:
+        with suppress(FileNotFoundError):
+            os.unlink(place.manifest)
+            sync(os.path.dirname(place.final))
+    _name_file(place.complete, place.final, seal.force)
+
+
+def _put_manifest_beside(place: Destination, seal: Seal, sync: Callable[[str], None]) -> None:
+    made = manifest_path(place.partial, single=False)
+    if os.path.exists(made):
+        _name_file(made, manifest_path(place.final, single=True), seal.force)
+        sync(os.path.dirname(place.final))
+
+
+def _name_file(path: str, name: str, force: bool) -> None:
+    """Give a complete file its name in one step; only with `force` another file may lose it."""
+    if not force:
+        try:
+            os.link(path, name)  # unlike a rename it replaces nothing; the old name goes with the partial folder
+            return
+        except OSError:
+            if os.path.lexists(name):
+                if os.path.samestat(os.lstat(path), os.lstat(name)):
+                    return  # an earlier run came this far
+                raise _appeared(name) from None
+    try:  # without `force`: on a file system that has no links
+        os.rename(path, name)
+    except IsADirectoryError:
+        raise _appeared(name) from None
+
+
+def _appeared(path: str) -> PlanError:
+    return PlanError(f"{path} appeared meanwhile; the result is complete: remove it, and run this again")
 
 
 def _move_out(place: Destination, sync: Callable[[str], None]) -> None:

@@ -56,12 +56,15 @@ class Report:
 
 @old_ones_kept()
 def execute(plan: Plan, dst: Path, options: ExecuteOptions | None = None, progress: Progress | None = None) -> Report:
-    """Write the plan's files to `dst`, which must be absent or an empty folder; continue what an earlier run left."""
+    """Write the plan's files to `dst`, which must be absent or an empty folder; continue what an earlier run left.
+
+    A `single` plan's one file becomes `dst` itself, which must be absent.
+    """
     options = options or ExecuteOptions()
     started = time.perf_counter()
     validate(plan)
     workers, most = fit(plan, options)
-    place = locate(dst)
+    place = locate(dst, plan.files[0].path if plan.single else "")
     identity = fingerprint(plan)
     journal = Journal.open(place.journal, options.durable)
     try:
@@ -115,7 +118,7 @@ def _count(plan: Plan) -> int:
 
 
 class _Run:
-    """One execution, from what the journal says to the sealed folder."""
+    """One execution, from what the journal says to the sealed result."""
 
     def __init__(
         self, plan: Plan, place: Destination, identity: Fingerprint, journal: Journal, options: ExecuteOptions
@@ -245,8 +248,8 @@ class _Run:
             raise FormatError("sources", "changed while they were read:\n  " + "\n  ".join(changed))
         for folder in reversed(folders(partial, self.plan.files)):
             self._sync_folder(folder)
-        inode = 0 if self.place.inside else os.stat(partial).st_ino
-        self.journal.finish(Seal(inode, options.force))
+        inode = 0 if self.place.inside else os.stat(self.place.complete).st_ino
+        self.journal.finish(Seal(inode, options.force, self.plan.single))
 
     def _sync_folder(self, path: str) -> None:
         if self.options.durable:

@@ -21,6 +21,11 @@ MANIFEST = "ckptconv.json"
 OURS = ".ckptconv."  # how the names begin that are used while work goes on inside an existing folder
 
 
+def manifest_path(result: str, single: bool) -> str:
+    """Inside a folder, beside a single file."""
+    return f"{result}.{MANIFEST}" if single else f"{result}/{MANIFEST}"
+
+
 class Fingerprint(NamedTuple):
     """`digest` stands for all of it: recipes, options, each source's path, size, time; the rest says what changed."""
 
@@ -41,7 +46,7 @@ def fingerprint(plan: Plan) -> Fingerprint:
         digest.update(marshal.dumps((check.name, _recipe(check.kept, numbers), _recipe(check.copy, numbers)), 2))
     sources = {os.path.abspath(path): numbers.checked(path) for path in numbers.ends}
     about = json.dumps(plan.about, sort_keys=True)
-    digest.update(json.dumps([about, list(sources.items())]).encode())
+    digest.update(json.dumps([about, list(sources.items()), plan.single]).encode())
     return Fingerprint(digest.hexdigest(), json.loads(about), sources)
 
 
@@ -126,6 +131,8 @@ def _flat(value: object, name: str) -> Iterator[tuple[str, str]]:
 
 def validate(plan: Plan) -> None:
     """Refuse, before the first byte, a plan that would not give the files it promises, or would write elsewhere."""
+    if plan.single and [file.final for file in plan.files] != [False]:
+        raise PlanError(f"the plan of a single file has {len(plan.files)} files, expected one that is not final")
     seen: set[str] = set()
     for file in plan.files:
         path = file.path

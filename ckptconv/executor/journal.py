@@ -2,7 +2,7 @@
 
 `ckptconv-journal 1 <plan digest>`, a line of JSON that says what the digest stands for, then blocks closed by
 `= <crc32 of the block>`. Lines: `file segment piece xxh3_128 crc32 [to_inf to_zero]`;
-`- file` (its earlier claims are void); `! inode force` (all is complete, only the commit is left).
+`- file` (its earlier claims are void); `! inode force single` (all is complete, only the commit is left).
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ class Proof(NamedTuple):
 
 
 class Seal(NamedTuple):
-    """The partial folder is complete. `inode` is its number: the destination has it once the folder is in place."""
+    """The result is complete. `inode` is its number, folder or `single` file: the destination has it once it is in place."""
 
     inode: int
     force: bool
+    single: bool = False
 
 
 class Journal:
@@ -90,7 +91,7 @@ class Journal:
         self._drop(gone)
 
     def finish(self, seal: Seal) -> None:
-        self._block([f"! {seal.inode} {int(seal.force)}"])
+        self._block([f"! {seal.inode} {int(seal.force)} {int(seal.single)}"])
         self.seal = seal
 
     def clear(self) -> None:
@@ -165,7 +166,7 @@ class Journal:
         if words[0] == "-":
             self._drop({int(words[1])})
         elif words[0] == "!":
-            self.seal = Seal(int(words[1]), words[2] == "1")
+            self.seal = Seal(int(words[1]), *(word == "1" for word in words[2:]))
         else:
             file, segment, piece, digest, crc, *lost = words
             loss = Loss(*map(int, lost)) if lost else NO_LOSS

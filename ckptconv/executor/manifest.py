@@ -1,5 +1,6 @@
-"""`ckptconv.json`, the manifest beside a result: where it came from and digests of every byte, to check it by later.
+"""`ckptconv.json`, the manifest in a result: where it came from and digests of every byte, to check it by later.
 
+A result that is a single file has it beside itself, as `NAME.ckptconv.json`; the two may be renamed together.
 It names no time, host, user or absolute path: equal inputs give equal bytes. A tensor's digest is xxh3_128 of its
 bytes, or, past one piece, of its pieces' digests in order. A file's `rest` is that of its bytes that are in no tensor.
 """
@@ -9,18 +10,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import xxhash
 
 from ckptconv.containers import json_file
 from ckptconv.errors import FormatError
-from ckptconv.executor.fingerprint import MANIFEST
+from ckptconv.executor.fingerprint import manifest_path
 from ckptconv.executor.units import PIECE, pieces
 from ckptconv.nodes import Concat, Fold, Map, View
 from ckptconv.tensor import Tensor
 
+Result = str | os.PathLike[str]
 _VERSION = 1
 _BUFFER = 1 << 20
 _MAX_MANIFEST = 1 << 28  # a million tensors
@@ -119,9 +121,21 @@ def digest_of(parts: Sequence[bytes]) -> str:
     return (parts[0] if len(parts) == 1 else xxhash.xxh3_128_digest(b"".join(parts))).hex()
 
 
-def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
-    """The manifest of a result, or None where there is none."""
-    path = os.path.join(folder, MANIFEST)
+def manifest_of(result: Result) -> str:
+    """Where the manifest of a result is, if it has one."""
+    if os.path.isfile(result):
+        return manifest_path(os.path.realpath(result), single=True)
+    return manifest_path(os.fspath(result), single=False)
+
+
+def home(result: Result) -> str:
+    """The folder from which its manifest names files."""
+    return os.path.dirname(os.path.realpath(result)) if os.path.isfile(result) else os.fspath(result)
+
+
+def read_manifest(result: Result) -> Manifest | None:
+    """The manifest of a result, folder or single file, or None where there is none."""
+    path = manifest_of(result)
     if not os.path.lexists(path):
         return None
     facts: Any = json_file.read(path, _MAX_MANIFEST)
@@ -129,11 +143,21 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest | None:
         if (facts["manifest"], facts["digest"], facts["piece"]) != (_VERSION, "xxh3_128", PIECE):
             raise FormatError(path, f"is of a kind this version does not know (manifest {facts['manifest']})")
         files = {name: _file_entry(name, entry) for name, entry in facts["files"].items()}
+        if os.path.isfile(result):
+            files = _renamed(files, os.path.basename(os.path.realpath(result)))
         return Manifest(dict(facts["about"]), dict(facts["sources"]), files)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, FormatError):
             raise
         raise FormatError(path, f"is not a manifest of ckptconv ({error!r})") from None
+
+
+def _renamed(files: dict[str, FileEntry], name: str) -> dict[str, FileEntry]:
+    """A single file under the name it has now: the one in the manifest is a title."""
+    if len(files) != 1:
+        raise ValueError(f"{len(files)} files are listed, expected {name} alone")
+    (entry,) = files.values()
+    return {name: replace(entry, path=name)}
 
 
 def _file_entry(path: str, facts: dict[str, Any]) -> FileEntry:
@@ -146,12 +170,12 @@ def _file_entry(path: str, facts: dict[str, Any]) -> FileEntry:
     return FileEntry(path, int(facts["size"]), str(facts["rest"]), tensors)
 
 
-def damage(folder: str | os.PathLike[str], manifest: Manifest) -> list[str]:
+def damage(result: Result, manifest: Manifest) -> list[str]:
     """Read the whole result and say what of it is not as it was written."""
     found: list[str] = []
     buffer = bytearray(_BUFFER)
     for entry in manifest.files.values():
-        path = os.path.join(folder, entry.path)
+        path = os.path.join(home(result), entry.path)
         try:
             with open(path, "rb", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ckptconv.checkpoint import Stored
 from ckptconv.errors import FormatError
-from ckptconv.executor.fingerprint import MANIFEST
-from ckptconv.executor.manifest import FileEntry, Manifest, damage, read_manifest
+from ckptconv.executor.fingerprint import manifest_path
+from ckptconv.executor.manifest import FileEntry, Manifest, damage, home, manifest_of, read_manifest
 
 SHOWN = 20
 ALONE = "only checksums inside the files were compared (safetensors files have none)"
@@ -22,27 +22,36 @@ def check_manifest(source: Path, stored: Stored) -> tuple[str, ...]:
     A checkpoint that others wrote has no manifest, or (one that was trained on, in the folder of a result) only one of
     other files.
     """
-    folder = _folder(source)
-    manifest = read_manifest(folder) if folder is not None else None
-    if folder is None or manifest is None:
-        return (f"--check: there is no {MANIFEST}, so {ALONE}",)
+    # a source may be one iteration, a folder below the one that has the manifest
+    result = next((path for path in (source, source.parent) if os.path.lexists(manifest_of(path))), None)
+    manifest = read_manifest(result) if result is not None else None
+    if result is None or manifest is None:
+        return (_without(source),)
+    folder, called = Path(home(result)), os.path.basename(manifest_of(result))
     listed = {os.path.realpath(folder / name) for name in manifest.files}
     weights = {os.path.realpath(path) for path in _weight_files(stored)}
     if not weights & listed:
-        return (f"--check: {MANIFEST} is of other files, so {ALONE}",)
+        return (f"--check: {called} is of other files, so {ALONE}",)
     problems = _implausible(folder, manifest)
     problems += [f"{Path(path).name} is read, but not listed there: added later?" for path in sorted(weights - listed)]
-    problems = problems or damage(folder, manifest)
+    problems = problems or damage(result, manifest)
     if problems:
         more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        lines = [f"is not what ckptconv wrote, by its {MANIFEST}:", *problems[:SHOWN], *more]
-        raise FormatError(folder, "\n  ".join(lines))
+        lines = [f"is not what ckptconv wrote, by its {called}:", *problems[:SHOWN], *more]
+        advice = f"\nIf another file was put in its place on purpose, remove {called}." if result.is_file() else ""
+        raise FormatError(result, "\n  ".join(lines) + advice)
     return ()
 
 
-def _folder(source: Path) -> Path | None:
-    """Where the manifest lies: a source may be one iteration, a folder below it."""
-    return next((folder for folder in (source, source.parent) if os.path.lexists(folder / MANIFEST)), None)
+def _without(source: Path) -> str:
+    """What is said where there is no manifest. A single file's may not have come yet, if a run was stopped at its end."""
+    told = f"--check: there is no {os.path.basename(manifest_of(source))}, so {ALONE}"
+    partial = os.path.realpath(source) + ".partial"
+    if source.is_file() and os.path.lexists(manifest_path(partial, single=False)):
+        told += (
+            f"; there is one in {partial}: a run that was to make this file was stopped, the same command finishes it"
+        )
+    return told
 
 
 def _weight_files(stored: Stored) -> set[str]:
@@ -52,18 +61,18 @@ def _weight_files(stored: Stored) -> set[str]:
 
 def _implausible(folder: Path, manifest: Manifest) -> list[str]:
     """What would make reading by it unsafe or endless: files elsewhere, pipes, ranges that overlap or leave the file."""
-    home = os.path.realpath(folder)
+    real = os.path.realpath(folder)
     problems = []
     for name, entry in manifest.files.items():
         path = os.path.realpath(folder / name)
-        if os.path.commonpath([home, path]) != home:
+        if os.path.commonpath([real, path]) != real:
             problems.append(f"{name}: is a link that leaves the folder")
         elif not _is_file(path):
             problems.append(f"{name}: is not there, or not a regular file")
         elif not _in_order((t.offset, t.nbytes) for t in sorted(entry.tensors, key=lambda t: t.offset)):
-            problems.append(f"{name}: {MANIFEST} gives tensors in it that overlap")
+            problems.append(f"{name}: the manifest gives tensors in it that overlap")
         elif _end(entry) > entry.size:
-            problems.append(f"{name}: {MANIFEST} gives tensors up to byte {_end(entry)} of {entry.size}")
+            problems.append(f"{name}: the manifest gives tensors up to byte {_end(entry)} of {entry.size}")
     return problems
 
 

@@ -102,7 +102,7 @@ def _nothing_known(folder: Path, keys: list[str], request: Request) -> str:
         return advice
     return (
         f"{folder}: none of its {len(keys)} tensors has a Hugging Face name of a known family, so they can be inspected but "
-        f"not converted: {_some(strange)}; give a mapping file for them with --mapping, and --loader.config"
+        f"not converted: {_some(strange)}; give a mapping file for them (--mapping FILE --family NAME), and --loader.config"
     )
 
 

@@ -159,6 +159,23 @@ def test_names_of_no_family_are_told(hf_folders: dict[str, Path], tmp_path: Path
 
 
 @ALONE
+def test_mapping_file_for_other_names(hf_folders: dict[str, Path], tmp_path: Path) -> None:
+    mapping = tmp_path / "mine.toml"
+    mapping.write_text(
+        'extends = "hf-llama"\n[[block]]\n[block.tensors]\n"model.embed_tokens.weight" = false\n'
+        '"tok_embeddings.weight" = "embed.weight"\n'
+    )
+    weights = weights_of(hf_folders["Llama"])
+    weights["tok_embeddings.weight"] = weights.pop("model.embed_tokens.weight")
+    folder = save({"net": weights}, tmp_path / "ckpt")
+    config = {"config": str(hf_folders["Llama"])}
+    told = Job(folder, loader_options=config, mapping=(mapping,), family="mine")
+    assert verify(told, hf_folders["Llama"]).same
+    with pytest.raises(CoverageError, match=r"unexpected: tok_embeddings\.weight"):
+        ckptconv.convert(folder, tmp_path / "out", saver="mcore", loader_options=config)
+
+
+@ALONE
 def test_one_strange_name_among_the_models_is_an_error(hf_folders: dict[str, Path], tmp_path: Path) -> None:
     weights = {**weights_of(hf_folders["Llama"]), "model.layers.0.self_attn.q_proj.lora_A": torch.ones(2)}
     folder = save({"model": weights}, tmp_path / "ckpt")

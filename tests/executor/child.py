@@ -1,4 +1,4 @@
-"""Runs one execution and kills itself at a chosen call of the system: `child.py SOURCE DST SCALE FORCE PHASE NUMBER`.
+"""Runs one execution and kills itself at a chosen call of the system: `child.py SOURCE DST SCALE SINGLE FORCE PHASE NUMBER`.
 
 A phase that never comes (`-`) runs to the end and prints how many calls each phase made. Writes are cut in half before the kill.
 """
@@ -11,15 +11,33 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from ckptconv.executor import complete, destination, execute, fingerprint, journal, worker
+from ckptconv.plan import File, Late, Plan, Segment
 from ckptconv.testing.plans import mixed_plan
 
 PHASES = ["planning", "first", "middle", "final", "rename"]
-CALLS = ["pwrite", "fsync", "fdatasync", "rename", "unlink", "ftruncate", "makedirs", "open", "stat"]
+CALLS = ["pwrite", "fsync", "fdatasync", "rename", "link", "unlink", "rmdir", "ftruncate", "makedirs", "open", "stat"]
+
+
+def single_plan(source: Path, scale: int) -> Plan:
+    """The files of `mixed_plan` one behind another in a single one, as in a tar."""
+    plan = mixed_plan(source, scale)
+    segments: list[Segment] = []
+    at = 0
+    for file in plan.files:
+        first = len(segments)
+        for s in file.segments:
+            body = s.body
+            if isinstance(body, Late):
+                body = Late(body.template, tuple((position, first + of) for position, of in body.crcs))
+            segments.append(Segment(at + s.offset, body, s.name and f"{file.path}: {s.name}"))
+        at += file.size
+    return replace(plan, files=(File("title", at, tuple(segments)),), single=True)
 
 
 class Killer:
@@ -54,7 +72,7 @@ class Killer:
 
 
 def main() -> None:
-    source, dst, scale, force, phase, number = sys.argv[1:]
+    source, dst, scale, single, force, phase, number = sys.argv[1:]
     killer = Killer(phase, int(number))
     worker.BARRIER = 1 << 20
     for name in CALLS:
@@ -66,7 +84,8 @@ def main() -> None:
     killer.on(complete.Completion, "write_rest", enter="final")
     killer.on(journal.Journal, "finish", enter="rename")
     options = execute.ExecuteOptions(force=force == "1", workers=2)
-    execute.execute(mixed_plan(Path(source), int(scale)), Path(dst), options)
+    plan = (single_plan if single == "1" else mixed_plan)(Path(source), int(scale))
+    execute.execute(plan, Path(dst), options)
     sys.stdout.write(json.dumps(killer.count))
 
 

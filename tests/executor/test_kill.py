@@ -19,22 +19,31 @@ from ckptconv.executor.units import CHECKS, pieces
 from ckptconv.plan import Plan
 from ckptconv.tensor import Tensor
 from ckptconv.testing.plans import expected, mixed_bytes, mixed_plan, read_tree, write_source
+from tests.executor.child import single_plan
 
 SCALE = 4
 CHILD = Path(__file__).with_name("child.py")
 ROOT = Path(__file__).parents[2]
+MANIFEST = ".ckptconv.json"  # how the name of a single file's manifest ends
 
 
 class Case:
     """A plan, what it gives, and how many system calls each phase of it makes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, single: bool) -> None:
+        self.single = single
         self.source = write_source(folder / "source.bin", mixed_bytes(SCALE))
-        self.plan = mixed_plan(self.source, SCALE)
+        self.plan = (single_plan if single else mixed_plan)(self.source, SCALE)
         done = self.child(folder / "whole", "-", 0)
         self.calls: dict[str, int] = json.loads(done.stdout)
-        self.files = read_tree(folder / "whole")
-        self.manifest = self.files["ckptconv.json"]
+        self.files = self.read(folder / "whole")
+
+    def read(self, dst: Path) -> dict[str, bytes]:
+        """The files of a result; those of a single one by how their names end."""
+        if not self.single:
+            return read_tree(dst)
+        paths = {end: Path(f"{dst}{end}") for end in ("", MANIFEST)}
+        return {end: path.read_bytes() for end, path in paths.items() if path.exists()}
 
     def child(self, dst: Path, phase: str, number: int, force: bool = False) -> subprocess.CompletedProcess[str]:
         command = [
@@ -43,6 +52,7 @@ class Case:
             str(self.source),
             str(dst),
             str(SCALE),
+            str(int(self.single)),
             str(int(force)),
             phase,
             str(number),
@@ -53,13 +63,19 @@ class Case:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return Case(tmp_path_factory.mktemp("kill"))
+    return Case(tmp_path_factory.mktemp("kill"), single=False)
 
 
-def test_whole_run_is_right(case: Case) -> None:
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("kill"), single=True)
+
+
+def test_whole_run_is_right(case: Case, single: Case) -> None:
     files = dict(case.files)
     del files["ckptconv.json"]
     assert files == expected(case.plan)
+    assert single.files[""] == b"".join(files[file.path] for file in case.plan.files)
 
 
 @pytest.mark.parametrize("phase", ["planning", "first", "middle", "final", "rename"])
@@ -84,6 +100,50 @@ def test_kill_then_second_run_completes(case: Case, tmp_path: Path, phase: str, 
     assert report.bytes_written <= case.plan.nbytes - kept
     assert read_tree(dst) == case.files
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("phase", ["planning", "first", "middle", "final"])
+@pytest.mark.parametrize("seed", range(2))
+def test_kill_while_a_single_file_is_made(single: Case, tmp_path: Path, phase: str, seed: int) -> None:
+    rng = random.Random(f"{phase} {seed}")
+    dst = tmp_path / "out"
+    killed = single.child(dst, phase, rng.randint(1, single.calls[phase] * 3 // 4))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert single.read(dst) == {}
+    kept = journaled(single.plan, dst)
+    spoil_unclaimed(single.plan, dst, rng)
+    report = execute(single.plan, dst, ExecuteOptions(workers=2))
+    assert report.bytes_written <= single.plan.nbytes - kept
+    assert single.read(dst) == single.files
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.ckptconv.json"]
+
+
+@pytest.mark.parametrize("old", [{}, {"": b"old"}, {"": b"old", MANIFEST: b"of old"}], ids=["new", "file", "result"])
+def test_kill_at_every_step_that_puts_a_single_file_in_place(
+    single: Case, tmp_path: Path, old: dict[str, bytes]
+) -> None:
+    """At any moment the file is the old or the new one, and a manifest is the one of the file it stands beside."""
+    seen = []
+    for number in range(1, 100):
+        dst = tmp_path / str(number) / "out"
+        dst.parent.mkdir()
+        for end, data in old.items():
+            Path(f"{dst}{end}").write_bytes(data)
+        done = single.child(dst, "rename", number, force=bool(old))
+        seen.append(single.read(dst))
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        if Path(f"{dst}.journal").exists():
+            execute(single.plan, dst, ExecuteOptions(force=bool(old), workers=2))
+        assert single.read(dst) == single.files
+        assert sorted(p.name for p in dst.parent.iterdir()) == ["out", "out.ckptconv.json"]
+    new = single.files
+    steps = [old, {k: v for k, v in old.items() if not k}, {"": new[""]}, new]
+    assert seen == sorted(seen, key=steps.index)
+    assert seen[0] == old
+    assert seen[-1] == new
+    assert {"": new[""]} in seen
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -39,7 +39,7 @@ formats.mcore_dist
 registry
 executor
 pipeline
-compare inspection upgrade
+compare inspection upgrade tokenizer
 testing
 cli
 __main__
@@ -47,7 +47,8 @@ __main__
 LEVEL = {name: number for number, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 CORE = {"numpy", "ml_dtypes", "xxhash", "yaml"}
 FACE = {"click", "tqdm"}
-EXTRAS = {"isal": "crc", "tensorstore": "coding", "huggingface_hub": "formats", "tokenizers": "formats"}
+EXTRAS = {"isal": "crc", "tensorstore": "coding", "huggingface_hub": "formats"}
+EXTRAS |= dict.fromkeys(("sentencepiece", "google", "tokenizers"), "tokenizer")
 HEAVY = {"torch", "transformers", "safetensors", "pytest", "hypothesis"}
 MAY_BE_HEAVY = ("torch_bridge", "testing", "logits", "trainer")
 LONGEST_FILE, LONGEST_FUNCTION = 400, 40

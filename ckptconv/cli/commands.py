@@ -21,6 +21,7 @@ from ckptconv.cli.options import (
     output_options,
     source_options,
 )
+from ckptconv.cli.tokenizer import tokenizer
 from ckptconv.errors import CkptconvError, UsageError
 
 if TYPE_CHECKING:
@@ -270,3 +271,6 @@ def demo() -> None:
     from ckptconv.cli.demo import run_demo
 
     run_demo(click.echo)
+
+
+cli.add_command(tokenizer)

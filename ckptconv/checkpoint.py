@@ -43,6 +43,12 @@ class Extras:
     objects: dict[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    @property
+    def state(self) -> tuple[str, ...]:
+        """Training state that is there and not taken along, in words."""
+        told = self.objects.get("state", ())
+        return tuple(map(str, told)) if isinstance(told, list | tuple) else (str(told),)
+
 
 @dataclass(frozen=True, slots=True)
 class Stored:

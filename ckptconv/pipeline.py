@@ -168,9 +168,9 @@ def _mapping_of(checkpoint: Checkpoint, request: Request) -> Mapping:
 def _refuse_losing_state(checkpoint: Checkpoint, optimizer: str) -> None:
     if optimizer not in ("keep", "drop"):
         raise UsageError(f"--optimizer {optimizer}: expected keep or drop")
-    state = checkpoint.extras.objects.get("state")
+    state = checkpoint.extras.state
     if state and optimizer == "keep":
-        listed = "".join(f"\n  {item}" for item in state) if isinstance(state, list | tuple) else f"\n  {state}"
+        listed = "".join(f"\n  {item}" for item in state)
         raise PlanError(
             f"the source holds training state, which this version cannot carry over:{listed}\n"
             "Give --optimizer drop to convert the weights alone and lose it."

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping as Dict
 from dataclasses import dataclass, fields, replace
 
 from ckptconv.config import ModelConfig, Rope
 from ckptconv.errors import ConfigError
-from ckptconv.megatron.args_read import Args, model_fields, true_vocabulary
+from ckptconv.megatron.args_read import Statement
 from ckptconv.megatron.measure import Measured, conflicts
 
 GENERIC = "megatron"
@@ -34,11 +33,10 @@ _SETTINGS = ("rope", "norm_eps", "max_positions", "tied", "router_topk", "slidin
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Everything that may state the architecture. `given`: the config was named on the command line and so overrides args."""
+    """Everything that may state the architecture. `given`: the config was named on the command line and so overrides what is said."""
 
     measured: Measured
-    args: Args | None = None
-    args_where: str = "args"
+    said: Statement | None = None
     config: ModelConfig | None = None
     config_where: str = ""
     given: bool = False
@@ -48,18 +46,18 @@ class Evidence:
 
 def resolve(evidence: Evidence) -> tuple[ModelConfig, tuple[str, ...]]:
     """The one architecture all evidence agrees on, with notes on what was overruled; or an error listing the contradictions."""
-    stated = model_fields(evidence.args, evidence.args_where) if evidence.args is not None else {}
+    said = evidence.said or Statement("", {})
     notes: tuple[str, ...] = ()
     if evidence.config is not None:
         config, label = evidence.config, evidence.config_where
-        notes = _compare(config, stated, evidence)
+        notes = _compare(config, said, evidence)
     else:
-        config, label = _from_args(stated, evidence), evidence.args_where
+        config, label = _from_statement(said, evidence), said.where
     rows = evidence.measured.rows
     problems = conflicts(config, evidence.measured, label)
-    if evidence.args is not None and (said := evidence.args.get("padded_vocab_size")) not in (None, rows):
-        problems.append(f"padded_vocab_size: {evidence.args_where} says {said}, the embedding has {rows} rows")
-    vocab, said_vocab = _vocabulary(evidence, config, rows)
+    if said.rows not in (None, rows):
+        problems.append(f"padded_vocab_size: {said.where} says {said.rows}, the embedding has {rows} rows")
+    vocab, overruled = _vocabulary(evidence, config, rows)
     if vocab is not None and vocab > rows:
         problems.append(
             f"vocabulary: {vocab} does not fit the embedding's {rows} rows (--vocab-size states the true size)"
@@ -70,32 +68,38 @@ def resolve(evidence: Evidence) -> tuple[ModelConfig, tuple[str, ...]]:
     if config.learned_positions and evidence.measured.padded_positions:
         config = replace(config, max_positions=evidence.measured.padded_positions)
     config.check()
-    return config, (*notes, *said_vocab)
+    return config, (*notes, *overruled)
 
 
 def _vocabulary(evidence: Evidence, config: ModelConfig, rows: int) -> tuple[int | None, tuple[str, ...]]:
     """The true size: as asked for, as the config says, or as args say; args also where a config in `hf/` is of a larger one."""
     if evidence.vocab is not None:
         return evidence.vocab, ()
-    said = true_vocabulary(evidence.args, rows) if evidence.args is not None else None
+    source = evidence.said or Statement("", {})
+    said = _possible(source.vocab, rows)
     if evidence.config is None:
         return said, ()
     stated = config.vocab or config.vocab_rows
     if stated > rows and said is not None and not evidence.given:
         return said, (
-            f"vocabulary: {evidence.config_where} says {stated}, more than {rows} rows; {said} taken from args",
+            f"vocabulary: {evidence.config_where} says {stated}, more than {rows} rows; {said} taken from {source.where}",
         )
     return stated, ()
 
 
-def _compare(config: ModelConfig, stated: Dict[str, object], evidence: Evidence) -> tuple[str, ...]:
+def _possible(vocab: object, rows: int) -> int | None:
+    """A size that the embedding can have."""
+    return vocab if isinstance(vocab, int) and not isinstance(vocab, bool) and 1 <= vocab <= rows else None
+
+
+def _compare(config: ModelConfig, said: Statement, evidence: Evidence) -> tuple[str, ...]:
     """A Hugging Face config beside args: structure must agree unless the config was given on purpose; settings are the config's."""
     notes, problems = [], []
     for name in (*_STRUCTURE, *_SETTINGS):
-        if name not in stated or stated[name] == getattr(config, name):
+        if name not in said.fields or said.fields[name] == getattr(config, name):
             continue
-        ours, theirs = _show(getattr(config, name)), _show(stated[name])
-        line = f"{name}: {evidence.args_where} says {theirs}, {evidence.config_where} says {ours}"
+        ours, theirs = _show(getattr(config, name)), _show(said.fields[name])
+        line = f"{name}: {said.where} says {theirs}, {evidence.config_where} says {ours}"
         if name in _STRUCTURE and not evidence.given and not (name == "activation" and config.activation in _GELUS):
             problems.append(line)
         else:
@@ -116,10 +120,10 @@ def _show(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _from_args(stated: dict[str, object], evidence: Evidence) -> ModelConfig:
-    """A config from args, completed by what can be measured. Heads and groups cannot, and are never guessed."""
+def _from_statement(said: Statement, evidence: Evidence) -> ModelConfig:
+    """A config from what is said, completed by what can be measured. Heads and groups cannot, and are never guessed."""
     measured = evidence.measured
-    known = {k: v for k, v in measured.facts.items() if k in _NAMES} | stated
+    known = {k: v for k, v in measured.facts.items() if k in _NAMES} | dict(said.fields)
     heads, q_size = known.get("heads"), measured.q_size
     if "head_dim" not in known and isinstance(heads, int) and q_size and q_size % heads == 0:
         known["head_dim"] = q_size // heads
@@ -138,8 +142,8 @@ def _from_args(stated: dict[str, object], evidence: Evidence) -> ModelConfig:
         absent.append("position embedding (rope or learned)")
     if absent:
         who = (
-            f"{evidence.args_where} do not say"
-            if evidence.args is not None
+            f"{said.where} do not say"
+            if evidence.said is not None
             else "there are no args in the files, and nothing else says"
         )
         raise ConfigError(f"{who}: {', '.join(absent)}. {ADVICE}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping as Dict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ckptconv.config import Rope
 from ckptconv.errors import ConfigError, TopologyError
@@ -53,6 +53,24 @@ class ArgsLayout:
     ep: int | None = None
     etp: int | None = None
     counts: list[list[int]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """What a checkpoint says of itself: fields of ModelConfig, layout, vocabulary (true size, rows), and what to call who says it."""
+
+    where: str
+    fields: Dict[str, object]
+    layout: ArgsLayout = field(default_factory=ArgsLayout)
+    vocab: object = None
+    rows: object = None
+
+
+def statement(args: Args, where: str) -> Statement:
+    """Args as a statement; models we do not support are refused."""
+    refuse_unsupported(args, where)
+    vocab, rows = args.get("vocab_size"), args.get("padded_vocab_size")
+    return Statement(where, model_fields(args, where), layout(args, where), vocab, rows)
 
 
 def refuse_unsupported(args: Args, where: str) -> None:
@@ -258,9 +276,3 @@ def _layout_text(value: object) -> str:
     raise TopologyError(
         f"pipeline_model_parallel_layout is {str(value)[:80]!r}: expected a layout string such as 'Et|t*3|tL'"
     )
-
-
-def true_vocabulary(args: Args, rows: int) -> int | None:
-    """`vocab_size`, where it is a size that the embedding can have."""
-    value = args.get("vocab_size")
-    return value if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= rows else None

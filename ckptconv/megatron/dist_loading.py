@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Mapping as Dict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckptconv.checkpoint import Extras, Key, Stored
@@ -15,7 +15,7 @@ from ckptconv.formats import Request
 from ckptconv.mapping_files import chosen
 from ckptconv.megatron import hf_beside
 from ckptconv.megatron.architecture import Evidence, resolve
-from ckptconv.megatron.args_read import refuse_unsupported
+from ckptconv.megatron.args_read import Statement, statement
 from ckptconv.megatron.dist_keys import is_separate, measure_whole, sort_keys
 from ckptconv.megatron.folders import open_distributed
 from ckptconv.megatron.rank_file import KNOWN, NOTHING_SAVED, args_of, size_of, state_of, step_of
@@ -38,39 +38,57 @@ class Contents:
     value: Callable[[str], object]
 
 
+FORMS = {True: ("mcore-dist", "mcore-dist-singleton"), False: ("mcore-dist-stacked",)}  # by whether layers have names
+
+
 def load(path: Path, config: Path | None, request: Request, format_name: str, zarr_missing: str = "fill") -> Stored:
     """Describe the checkpoint from its metadata and the headers of its blobs."""
     iteration = open_distributed(path, request.iteration)
     folder = iteration.folder
     contents = _zarr(folder, zarr_missing) if backend(folder) == ZARR else _torch_dist(folder)
-    keys = sort_keys(contents.shapes, (key for key in contents.objects if key != COMMON_STATE))
     common, place = _common(folder, contents)
-    args, where = args_of(common, folder / place), f"{place} args"
-    if args is not None:
-        refuse_unsupported(args, where)
+    args = args_of(common, folder / place)
+    said = statement(args, f"{place} args") if args is not None else None
+    stored = from_whole(
+        contents, said, hf_beside.find(config, iteration.hf, request), request, str(folder), format_name
+    )
+    extras = stored.extras
+    strays = sorted(str(k)[:60] for k in common if k not in KNOWN)
+    notes = (*extras.notes, *((f"left behind in {place}: {', '.join(strays)}",) if strays else ()))
+    state = list(dict.fromkeys([*state_of(common), *extras.state]))
+    step = step_of(common, folder / place) if iteration.step is None else iteration.step
+    objects: dict[str, object] = {"args": args or {}, "backend": backend(folder), "state": state}
+    return replace(stored, extras=replace(extras, step=step, notes=notes, objects=objects))
+
+
+def from_whole(
+    contents: Contents, said: Statement | None, beside: hf_beside.Beside, request: Request, where: str, format_name: str
+) -> Stored:
+    """Whole tensors, and the architecture that they and what is said of them agree on."""
+    keys = sort_keys(contents.shapes, (key for key in contents.objects if key != COMMON_STATE))
     measured = measure_whole({key: contents.shapes[key] for key in keys.model})
     if not measured.rows:
-        raise FormatError(folder, "has no embedding.word_embeddings.weight: it is no language model of Megatron-Core")
-    beside = hf_beside.find(config, iteration.hf, request)
+        raise FormatError(where, "has no embedding.word_embeddings.weight: it is no language model of Megatron-Core")
     family = hf_beside.family(request)
-    rows_note, told = _without_rows(args, measured.rows)
+    notes: tuple[str, ...] = ()
+    if said is not None and said.rows not in (None, measured.rows):
+        # Megatron-Core pads or cuts the vocabulary when it loads a distributed checkpoint: this is no contradiction
+        notes = (f"padded_vocab_size: {said.where} say {said.rows}, the embedding has {measured.rows} rows",)
+        said = replace(said, rows=None)
     evidence = Evidence(
-        measured, told, where, beside.config, beside.where, beside.given, family.name if family else None, request.vocab
+        measured, said, beside.config, beside.where, beside.given, family.name if family else None, request.vocab
     )  # fmt: skip
-    architecture, notes = resolve(evidence)
+    architecture, overruled = resolve(evidence)
     topology = even(architecture.layers)
     ranks = {Rank(): {Key(name): tensor for name, tensor in contents.tensors(list(keys.model)).items()}}
-    forms = ("mcore-dist", "mcore-dist-singleton") if is_separate(keys.model) else ("mcore-dist-stacked",)
-    mapping, variant = detect([chosen(form, request.mappings) for form in forms], architecture, topology, ranks)
-    strays = [*keys.strays, *sorted(str(k)[:60] for k in common if k not in KNOWN)]
+    forms = [chosen(form, request.mappings) for form in FORMS[is_separate(keys.model)]]
+    mapping, variant = detect(forms, architecture, topology, ranks)
+    strays = list(keys.strays)
     if any(contents.objects[key] > BLOB and _holds_something(contents.value(key)) for key in keys.extra):
         strays.append("_extra_state with contents (fp8 scaling factors)")
-    notes += (*rows_note, *((f"left behind: {', '.join(strays)}",) if strays else ()))
-    extras = Extras(
-        step=step_of(common, folder / place) if iteration.step is None else iteration.step, files=beside.files, notes=notes,
-        objects={"args": args or {}, "backend": backend(folder), "state": list(dict.fromkeys([*state_of(common), *keys.state]))},
-    )  # fmt: skip
-    return Stored(format_name, mapping, variant, topology, architecture, ranks, {Rank(): folder.name}, extras)
+    notes += (*overruled, *((f"left behind: {', '.join(strays)}",) if strays else ()))
+    extras = Extras(files=beside.files, notes=notes, objects={"state": list(keys.state)})
+    return Stored(format_name, mapping, variant, topology, architecture, ranks, {Rank(): Path(where).name}, extras)
 
 
 def backend(folder: Path) -> str:
@@ -116,14 +134,6 @@ def _common(folder: Path, contents: Contents) -> tuple[dict[object, object], str
     if not isinstance(saved, dict):
         raise FormatError(folder / place, f"holds a {type(saved).__name__}, expected a dictionary")
     return saved, place
-
-
-def _without_rows(args: dict[str, object] | None, rows: int) -> tuple[tuple[str, ...], dict[str, object] | None]:
-    """A distributed checkpoint may hold other vocabulary rows than its args say: Megatron-Core then pads or cuts when it loads."""
-    said = args.get("padded_vocab_size") if args is not None else None
-    if args is None or said in (None, rows):
-        return (), args
-    return (f"padded_vocab_size: args say {said}, the embedding has {rows} rows",), {**args, "padded_vocab_size": rows}
 
 
 def _holds_something(saved: object) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from collections.abc import Mapping as Dict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckptconv.checkpoint import Extras, Key, Stored
@@ -14,8 +14,8 @@ from ckptconv.formats import Request
 from ckptconv.mapping import Mapping
 from ckptconv.megatron import hf_beside
 from ckptconv.megatron.architecture import ADVICE, Evidence, resolve
-from ckptconv.megatron.args_read import ArgsLayout, layout, model_fields, refuse_unsupported
-from ckptconv.megatron.folders import Ranks, has_ranks, looks_like, open_ranks
+from ckptconv.megatron.args_read import ArgsLayout, Statement, statement
+from ckptconv.megatron.folders import has_ranks, looks_like, open_ranks
 from ckptconv.megatron.grid import Grid, check_processes, make_grid, shared_args
 from ckptconv.megatron.measure import LAYER, Measured, Names, measure
 from ckptconv.megatron.rank_file import RankContent, read_rank
@@ -39,36 +39,38 @@ def load(path: Path, config: Path | None, request: Request, kind: Kind) -> Store
     iteration = found.iteration
     contents = [read_rank(file, request.check, kind.mappings[0].rename) for file in found.files]
     args = shared_args(contents, iteration.folder)
-    where = f"{iteration.folder.name} args"
-    if args is not None:
-        refuse_unsupported(args, where)
-    grid = make_grid(
-        contents, layout(args, where) if args is not None else ArgsLayout(), kind.names.embed, iteration.folder
-    )
-    measured = _measure(grid, kind.names)
-    beside = hf_beside.find(config, iteration.hf, request)
+    said = statement(args, f"{iteration.folder.name} args") if args is not None else None
+    stored = from_ranks(contents, said, hf_beside.find(config, iteration.hf, request), request, kind, iteration.folder)
+    state = [*stored.extras.state, *(f"distributed optimizer ({name})" for name in found.optimizer)]
+    step = contents[0].iteration if iteration.step is None else iteration.step
+    return replace(stored, extras=replace(stored.extras, step=step, objects={"args": args or {}, "state": state}))
+
+
+def from_ranks(
+    contents: Sequence[RankContent],
+    said: Statement | None,
+    beside: hf_beside.Beside,
+    request: Request,
+    kind: Kind,
+    folder: Path,
+) -> Stored:
+    """The ranks' contents brought together, and the architecture that they and what is said of them agree on."""
+    grid = make_grid(contents, said.layout if said else ArgsLayout(), kind.names.embed, folder)
     family = hf_beside.family(request)
     evidence = Evidence(
-        measured, args, where, beside.config, beside.where, beside.given, family.name if family else None, request.vocab
+        _measure(grid, kind.names), said, beside.config, beside.where, beside.given, family.name if family else None, request.vocab
     )  # fmt: skip
     topology = _topology(grid, evidence)
     architecture, notes = resolve(evidence)
     topology.check(architecture.layers)
-    check_processes(grid, topology, iteration.folder)
+    check_processes(grid, topology, folder)
     ranks, places = _ranks(grid, topology)
     mapping, variant = detect(kind.mappings, architecture, topology, ranks, kind.variant(contents[0]))
     if strays := dict.fromkeys(key for content in contents for key in content.strays):
         notes += (f"left behind in the rank files: {', '.join(strays)}",)
-    extras = Extras(
-        step=contents[0].iteration if iteration.step is None else iteration.step, files=beside.files, notes=notes,
-        objects={"args": args or {}, "state": _state(contents, found)},
-    )  # fmt: skip
+    state = list(dict.fromkeys(word for content in contents for word in content.state))
+    extras = Extras(files=beside.files, notes=notes, objects={"state": state})
     return Stored(kind.format, mapping, variant, topology, architecture, ranks, places, extras)
-
-
-def _state(contents: Sequence[RankContent], found: Ranks) -> list[str]:
-    words = dict.fromkeys(word for content in contents for word in content.state)
-    return [*words, *(f"distributed optimizer ({name})" for name in found.optimizer)]
 
 
 def _measure(grid: Grid, names: Names) -> Measured:
@@ -103,13 +105,12 @@ def _topology(grid: Grid, evidence: Evidence) -> Topology:
     measured, etp = evidence.measured, grid.tp
     local = measured.local_moe_ffn
     if local:
-        stated = model_fields(evidence.args, evidence.args_where) if evidence.args is not None else {}
-        said = layout(evidence.args, evidence.args_where).etp if evidence.args is not None else None
-        size = evidence.config.moe_ffn if evidence.config is not None else stated.get("moe_ffn")
+        said = evidence.said or Statement("", {})
+        size = evidence.config.moe_ffn if evidence.config is not None else said.fields.get("moe_ffn")
         if isinstance(size, int) and size % local == 0 and grid.tp % (size // local) == 0:
             etp = size // local
-        elif said is not None:
-            etp = said
+        elif said.layout.etp is not None:
+            etp = said.layout.etp
         elif not isinstance(size, int) and grid.tp > 1:
             raise ConfigError(
                 f"neither the size of an expert nor its tensor parallel size is stated, and a rank holds {local} of it: {ADVICE}"

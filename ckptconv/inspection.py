@@ -89,7 +89,7 @@ def describe(stored: Stored, pattern: str | None = None) -> Facts:
         "layout": {name: topology.degree(name) for name in ("tp", "pp", "vpp", "ep", "etp")},
         "architecture": _architecture(stored.config),
         "ranks": ranks,
-        "state": stored.extras.objects.get("state", []),
+        "state": list(stored.extras.state),
         "notes": list(stored.extras.notes),
     }
 

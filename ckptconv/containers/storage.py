@@ -18,6 +18,7 @@ from ckptconv.tensor import Shape
 
 Facts = dict[str, object]
 
+_NUMBER = re.compile(r"(\d{1,18})", re.ASCII)
 _SHARD = re.compile(r"/shard_[^/]*$")
 
 
@@ -34,7 +35,7 @@ def torch_dist(folder: Path, known: Collection[str]) -> Facts:
     names = {*chunks, *objects, *(path.name for path in folder.glob(f"*{dcp.SUFFIX}"))}
     files: list[Facts] = [
         {"file": name, "bytes": _size(folder / name), "chunks": chunks[name], "objects": objects[name]}
-        for name in sorted(names)
+        for name in sorted(names, key=_by_numbers)
     ]
     unused = [_unused(_name(source), source.offset, source.nbytes) for source in found.unused]
     return _facts("torch_dist", rows, files, found.objects, [*unused, *_strange(folder, {*known, *names})], problems)
@@ -105,6 +106,11 @@ def _folders(found: zarr2.Zarr) -> set[str]:
 
 def _unused(name: str, start: int, nbytes: int | None) -> Facts:
     return {"file": name, "start": start, "bytes": nbytes}
+
+
+def _by_numbers(name: str) -> list[tuple[int, str]]:
+    """Process 2 before process 10."""
+    return [(int(part) if i % 2 else -1, part) for i, part in enumerate(_NUMBER.split(name))]
 
 
 def _name(source: Source) -> str:

@@ -33,6 +33,7 @@ formats
 huggingface
 formats.hf
 megatron
+nemo
 formats.mcore formats.legacy
 formats.dcp
 formats.mcore_dist

@@ -114,7 +114,7 @@ def _by_numbers(name: str) -> list[tuple[int, str]]:
 
 
 def _name(source: Source) -> str:
-    return Path(source.path).name
+    return source.path.rpartition("/")[2]
 
 
 def _size(path: Path) -> int | None:

@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from collections.abc import Mapping as Dict
 from dataclasses import dataclass
 
+from ckptconv.errors import ConfigError
 from ckptconv.megatron.measure import LAYER, MCORE, Measured, measure
 from ckptconv.tensor import Shape
 
 EXTRA_STATE = "_extra_state"
+MAX_LAYERS = 1 << 16
 _SHARD = re.compile(r"/shard_[\d.]*_[\d.]*$")
 _OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer(?:\.|$)")
 _EXPERTS = re.compile(r"^mlp\.experts\.experts\.")
@@ -66,6 +68,8 @@ def _layers(shapes: Dict[str, Shape]) -> list[dict[str, Shape]]:
     for name, shape in shapes.items():
         _, found, rest = name.partition(_STACKED)
         if found and shape:
+            if shape[0] > MAX_LAYERS:
+                raise ConfigError(f"{name} has shape {shape}: {shape[0]:,} layers are damage, not a model")
             count = max(count, shape[0])
             _put(layer, rest, shape[1:])
     return [layer] * count

@@ -227,14 +227,11 @@ class TestFaults:
 
 
 class Stopped(BaseException):
-    """No code may catch it: what a kill would be, for one call of the system."""
+    """No code may catch it: what a kill is, at one chosen step."""
 
 
-def stopping(real: Any) -> Any:
-    def call(*args: Any) -> Any:
-        raise Stopped
-
-    return call
+def stop(*args: Any) -> None:
+    raise Stopped
 
 
 class TestLeftovers:
@@ -244,7 +241,7 @@ class TestLeftovers:
     def half(self, dst: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
         """The file is in place, its manifest not yet."""
         old = small(b"half in place", "first")
-        monkeypatch.setattr(destination, "_put_manifest_beside", stopping(None))
+        monkeypatch.setattr(destination, "_put_manifest_beside", stop)
         with pytest.raises(Stopped):
             execute(old, dst)
         monkeypatch.undo()
@@ -273,7 +270,7 @@ class TestLeftovers:
         folder = mixed_plan(source, SCALE)
         execute(folder, dst)
         other = replace(folder, about={"told": "other"})
-        monkeypatch.setattr(destination, "_remove", stopping(None))
+        monkeypatch.setattr(destination, "_remove", stop)
         with pytest.raises(Stopped):
             execute(other, dst, FORCE)
         monkeypatch.undo()

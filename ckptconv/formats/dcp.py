@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -97,7 +97,8 @@ def _nothing_known(folder: Path, keys: list[str], request: Request) -> str:
     """Why there is no architecture, and whether a config could help at all."""
     advice = f"{folder}: no {CONFIG} lies beside, so the architecture is not known; give --loader.config HF_DIR"
     known = {name for family in (*families(), *request.mappings) for name in _patterns(family)}
-    strange = [key for key in keys if not any(_NUMBER.sub("#", tail) in known for _, tail in _tails(key))]
+    named = {key for key, _ in _named(keys, known)}
+    strange = [key for key in keys if key not in named]
     if len(strange) < len(keys):
         return advice
     return (
@@ -125,7 +126,7 @@ def _sort(tensors: Sequence[str], objects: Sequence[str], mapping: Mapping, give
 
 def _prefix(keys: Iterable[str], known: Collection[str], folder: Path) -> str | None:
     """What stands before the names of a family in most keys; None where no key has one."""
-    counts = Counter(head for key in keys for head, tail in _tails(key) if _NUMBER.sub("#", tail) in known)
+    counts = Counter(head for _, head in _named(keys, known))
     if not counts:
         return None
     most = max(counts.values())
@@ -141,10 +142,15 @@ def _patterns(mapping: Mapping) -> set[str]:
     return {VARIABLE.sub("#", rule.stored) for rule in mapping.rules}
 
 
-def _tails(key: str) -> Iterable[tuple[str, str]]:
-    """Each way to take a key for a prefix and a name."""
-    for at in (0, *(match.end() for match in re.finditer(r"\.", key))):
-        yield key[:at], key[at:]
+def _named(keys: Iterable[str], known: Collection[str]) -> Iterator[tuple[str, str]]:
+    """(key, what stands before the name) for each way in which a key ends in a name of a family."""
+    longest = max(name.count(".") + 1 for name in known)
+    for key in keys:
+        words = key.split(".")
+        for count in range(1, min(longest, len(words)) + 1):
+            name = ".".join(words[-count:])
+            if _NUMBER.sub("#", name) in known:
+                yield key, key[: len(key) - len(name)]
 
 
 def _group(key: str, prefix: str) -> str:

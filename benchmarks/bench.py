@@ -79,8 +79,18 @@ CASES = {
     "hf to tp2, fp32": Case("hf", "mcore", {"tp": 2}, "fp32", warm=2.20, cold=2.00),
     "tp2 pp2 to hf": Case("mcore", "hf", {}),
     "tp2 pp2 to tp4": Case("mcore", "mcore", {"tp": 4, "pp": 1}),
+    "hf to torch_dist": Case("hf", "mcore-dist", {}),
+    "torch_dist to tp2 pp2": Case("torch_dist", "mcore", {"tp": 2, "pp": 2}),
+    "torch_dist to hf": Case("torch_dist", "hf", {}),
     "64 KB tensors, hf to hf": Case("small", "hf", {}, warm=1.80, cold=1.80),
     "64 KB tensors, hf to ep2": Case("small", "mcore", {"ep": 2}, warm=1.80, cold=1.80),
+}
+
+
+# Sources that are made of the large one.
+MADE: dict[str, dict[str, Any]] = {
+    "mcore": {"saver": "mcore", "tp": 2, "pp": 2},
+    "torch_dist": {"saver": "mcore-dist"},
 }
 
 
@@ -128,10 +138,10 @@ def write_hf(folder: Path, config: dict[str, Any], wanted: int) -> None:
 
 def write_checkpoint(kind: str, folder: Path, wanted: int) -> None:
     """What the cases of a kind start from; without a manifest, as other tools leave it."""
-    if kind == "mcore":
+    if kind in MADE:
         whole = folder.with_name("whole")
         write_hf(whole, LARGE, wanted)
-        convert(whole, folder, saver="mcore", tp=2, pp=2)
+        convert(whole, folder, **MADE[kind])
         shutil.rmtree(whole)
     else:
         write_hf(folder, SMALL if kind == "small" else LARGE, wanted)

@@ -25,10 +25,9 @@ DIGESTS = "hf.json"
 
 @dataclass(frozen=True)
 class Saved:
-    """One checkpoint. `hf` is the model's folder; what stands there of weights may be condensed to `hf.json`."""
+    """One checkpoint, and the model's folder beside it. The model's weights may be condensed to `hf.json`."""
 
     case: Path
-    hf: Path
 
     @property
     def title(self) -> str:
@@ -37,6 +36,10 @@ class Saved:
     @property
     def folder(self) -> Path:
         return self.case / "ckpt"
+
+    @property
+    def hf(self) -> Path:
+        return self.case / "hf"
 
     @property
     def has_args(self) -> bool:
@@ -68,7 +71,7 @@ def distributed(folder: Path) -> Iterator[Saved]:
     """Every case that is not about optimizers."""
     for path in sorted(folder.glob("*/ckpt")):
         if "opt_" not in path.parent.name and (path.parent / "hf").is_dir():
-            yield Saved(path.parent, path.parent / "hf")
+            yield Saved(path.parent)
 
 
 def back(golden: Saved, work: Path) -> list[str]:

@@ -14,6 +14,7 @@ MAX_VALUES = 100_000
 MAX_DEPTH = 40
 MAX_ALIASES = 100
 MAX_HOPS = 20
+MAX_WORD = 256
 _CORE = "tag:yaml.org,2002:"
 _PLAIN = {_CORE + name for name in ("str", "int", "float", "bool", "null")}
 # numbers such as 1e-5: YAML 1.1 calls them text, OmegaConf (and everybody who writes them) numbers
@@ -211,8 +212,8 @@ class _Resolver:
 
     def word(self, reference: str, text: str, path: tuple[str, ...], hops: int) -> str:
         value = self.target(reference, text, path, hops)
-        if isinstance(value, (dict, list)):
-            raise self.refusal(text, path, f"{reference} is no single value")
+        if not isinstance(value, (str, int)) or len(str(value)) > MAX_WORD:
+            raise self.refusal(text, path, f"{reference} is no word or whole number to put into a text")
         return str(value)
 
     def target(self, reference: str, text: str, path: tuple[str, ...], hops: int) -> object:

@@ -42,14 +42,15 @@ class Parts:
 def extend_folder(path: Path, wanted: Wanted) -> Extended:
     """Every file of the tokenizer that changes, ready to be written."""
     parts = read_parts(folder_of(path))
-    first = max(part.next_id for part in parts.listing())
+    longest = max(parts.listing(), key=lambda part: part.next_id)
+    first = longest.next_id
     refuse_known(wanted, {t: part.what(t) for part in parts.listing() for t in wanted.tokens if t in part.known})
     files, notes = dict[str, bytes](), []
     if parts.fast is not None:
         if parts.fast.next_id != first:
+            where, last = parts.fast.where, parts.fast.next_id - 1
             raise FormatError(
-                parts.fast.file.where,
-                f"ends with id {parts.fast.next_id - 1}, but files beside it go on to {first - 1}",
+                where, f"ends with id {last}, but {longest.where} goes on to {first - 1}: they do not agree"
             )
         files[hf_json.TOKENIZER] = parts.fast.extended(wanted, first)
     if parts.pieces is not None and parts.pieces.next_id == first:

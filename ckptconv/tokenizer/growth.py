@@ -24,7 +24,7 @@ from ckptconv.topology import even
 from ckptconv.values import Array
 
 INITS = ("mean", "zero", "last")
-CHUNK = 1 << 24  # bytes read at once for a mean
+CHUNK = 1 << 22  # bytes read at once for a mean
 
 
 @dataclass(frozen=True, slots=True)

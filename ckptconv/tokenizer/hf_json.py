@@ -52,8 +52,12 @@ class TokenizerJson:
     def next_id(self) -> int:
         return max(self.known.values(), default=-1) + 1
 
+    @property
+    def where(self) -> str:
+        return self.file.where
+
     def what(self, token: str) -> str:
-        return f"id {self.known[token]} of {self.file.where}"
+        return f"id {self.known[token]} of {self.where}"
 
     def extended(self, wanted: Wanted, first: int) -> bytes:
         table, where = self.file.table, self.file.where
@@ -84,8 +88,12 @@ class AddedTable:
     def next_id(self) -> int:
         return max(self.known.values(), default=-1) + 1
 
+    @property
+    def where(self) -> str:
+        return self.file.where
+
     def what(self, token: str) -> str:
-        return f"id {self.known[token]} of {self.file.where}"
+        return f"id {self.known[token]} of {self.where}"
 
 
 def read_json(path: Path, limit: int = json_file.MAX_CONFIG) -> JsonFile:

@@ -46,10 +46,11 @@ def read_pieces(path: Path) -> Pieces:
 def parse_pieces(text: bytes, where: str) -> Pieces:
     known: dict[str, int] = {}
     for number, piece in enumerate(_parsed(text, where).pieces):
-        if not piece.piece or piece.piece in known:
-            what = f"the text of piece {known[piece.piece]}, {piece.piece!r}, too" if piece.piece else "no text"
-            raise FormatError(where, f"is damaged: piece {number} has {what}")
-        known[piece.piece] = number
+        token = piece.piece  # bytes, if it is not UTF-8
+        if not isinstance(token, str) or not token or token in known:
+            found = f"piece {known[token]}" if token in known else "not valid"
+            raise FormatError(where, f"is damaged: the text of piece {number}, {token!r}, is {found}")
+        known[token] = number
     return Pieces(where, text, known)
 
 
@@ -83,7 +84,7 @@ def _check(text: bytes, where: str, wanted: Wanted, first: int) -> None:
 
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=text)
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:  # the latter of its own message
         raise FormatError(where, f"sentencepiece does not load it with the new pieces: {error}") from None
     split = []
     for token, number in wanted.numbered(first).items():

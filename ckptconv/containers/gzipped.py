@@ -44,7 +44,8 @@ def unpacked(path: Path, scratch: Path, limit: int = LIMIT) -> Path:
     What an earlier call left there is taken as it is, so that stopped work can go on: the file appears only once it is
     whole, and has the time of the one it came from. More than `limit` bytes are refused: the caller knows the disk.
     """
-    locate(path)
+    if not is_gzip(path):
+        raise FormatError(path, "is not a gzip file, or its first bytes are damaged")
     final = scratch_file(path, scratch)
     if final.exists():
         return final

@@ -39,21 +39,23 @@ _NOT_PLAIN = re.compile(r"//|/\.{1,2}/")
 class Tar:
     """The files of an archive, or of a folder that holds what one would, by name; and the names of all folders in it.
 
-    Names are relative and plain: a leading `./` is dropped, and the folder that all is in has no name.
+    Names are relative and plain: a leading `./` is dropped, and the folder that all is in has no name. `mark` stands
+    between `where` and a name in messages: `/` for a folder.
     """
 
     where: str
     members: dict[str, Source]
     folders: frozenset[str]
+    mark: str = "!"
 
     def below(self, folder: str) -> dict[str, Source]:
-        """The files below a folder, by their names there."""
-        start = f"{folder}/"
+        """The files below a folder, by their names there. Everything is below the one that has no name."""
+        start = f"{folder}/" if folder else ""
         return {name.removeprefix(start): source for name, source in self.members.items() if name.startswith(start)}
 
     def title(self, name: str) -> str:
         """How messages name a member."""
-        return f"{self.where}!{name}"
+        return f"{self.where}{self.mark}{name}"
 
 
 def is_tar(place: Place) -> bool:
@@ -81,7 +83,7 @@ def open_tar(place: Place, where: str = "") -> Tar:
             _check_tail(reader, end)
         except Damaged as damaged:
             walk.problems.append(str(damaged))
-    return _sound(reader.where, walk.names, walk.problems)
+    return _sound(reader.where, walk.names, walk.problems, "!")
 
 
 def open_folder(folder: Path) -> Tar:
@@ -89,7 +91,7 @@ def open_folder(folder: Path) -> Tar:
     names = _Names()
     problems: list[str] = []
     _list(str(folder), "", os.path.realpath(folder), names, problems)
-    return _sound(str(folder), names, problems)
+    return _sound(str(folder), names, problems, "/")
 
 
 @dataclass(slots=True)
@@ -98,7 +100,7 @@ class _Names:
     folders: set[str] = field(default_factory=set)
 
 
-def _sound(where: str, names: _Names, problems: list[str]) -> Tar:
+def _sound(where: str, names: _Names, problems: list[str], mark: str) -> Tar:
     above: set[str] = set()  # folders need not have an entry of their own
     for name in (*names.files, *names.folders):
         folder = name.rpartition("/")[0]
@@ -108,12 +110,12 @@ def _sound(where: str, names: _Names, problems: list[str]) -> Tar:
     folders = names.folders | above
     problems += [f"{name}: is a file and a folder too" for name in sorted(names.files.keys() & folders)]
     fail(where, problems)
-    return Tar(where, names.files, frozenset(folders))
+    return Tar(where, names.files, frozenset(folders), mark)
 
 
 def plain_name(text: str) -> str:
     """A name without leading `./` or the `/` after a folder's; ValueError where it is not a plain relative path."""
-    name = text
+    name = text[: MAX_NAME + 1]
     while name.startswith("./"):
         name = name[2:]
     rooted = name.startswith("/")

@@ -11,7 +11,10 @@ _POSIX, _GNU, _OLD = b"ustar\x0000", b"ustar  \0", bytes(8)
 _OCTAL = re.compile(rb" *([0-7]+)[ \0]*")
 _DECIMAL = re.compile(rb"[0-9]{1,19}")
 _LENGTH = re.compile(rb"([1-9][0-9]{0,9}) ")
-_BEARING = (b"GNU.sparse", b"SCHILY.realsize", b"hdrcharset")  # records that change what name or data mean
+# Records that say nothing of name or data; others than these, `path` and `size` may change what either means.
+_HARMLESS = re.compile(
+    rb"atime|ctime|mtime|uid|gid|uname|gname|comment|(SCHILY|LIBARCHIVE|RHT)\.(?!realsize).*", re.DOTALL
+)
 
 
 class Damaged(Exception):
@@ -39,9 +42,9 @@ def read_header(block: bytes) -> Header | None:
         return None
     told = _octal(block[148:156], "checksum")
     rest = block[:148] + b" " * 8 + block[156:]
-    signed = sum(rest) - 256 * sum(byte > 127 for byte in rest)  # as some old programs added it up
-    if told not in (sum(rest), signed):
-        raise Damaged(f"is damaged: its bytes add up to {sum(rest)}, its checksum says {told}")
+    total = sum(rest)
+    if told != total and told != total - 256 * sum(byte > 127 for byte in rest):  # some old programs added signed bytes
+        raise Damaged(f"is damaged: its bytes add up to {total}, its checksum says {told}")
     magic, kind = block[257:265], block[156:157]
     if magic not in (_POSIX, _GNU, _OLD):
         raise Damaged(f"is of an unknown form: {magic!r}")
@@ -60,14 +63,13 @@ def pax_of(content: bytes, at: int) -> Pax:
         if length is None or end <= length.end() or end > len(content) or content[end - 1 : end] != b"\n":
             raise Damaged(f"the pax header at {at} is damaged at its byte {pos}")
         key, found, value = content[length.end() : end - 1].partition(b"=")
-        if not found or key.startswith(_BEARING):
-            raise Damaged(f"the pax header at {at} has a record that is not understood: {key[:40]!r}")
-        if key == b"path":
+        if found and key == b"path":
             name = value
-        elif key == b"size":
-            if not _DECIMAL.fullmatch(value) or int(value) > MAX_SIZE:
-                raise Damaged(f"the pax header at {at} has the size {value[:40]!r}")
+        elif found and key == b"size" and _DECIMAL.fullmatch(value) and int(value) <= MAX_SIZE:
             nbytes = int(value)
+        elif not found or not _HARMLESS.fullmatch(key):
+            shown = content[length.end() : end - 1][:60]
+            raise Damaged(f"the pax header at {at} has a record that is not understood: {shown!r}")
         pos = end
     return Pax(name, nbytes)
 

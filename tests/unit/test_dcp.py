@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ckptconv.containers import dcp, dcp_blobs, dcp_tiling, safetensors
 from ckptconv.containers.dcp_metadata import read_metadata
 from ckptconv.containers.pickled import bytes_of, to_numpy
 from ckptconv.dtypes import BY_TORCH, DTYPES
+from ckptconv.errors import FormatError
 from ckptconv.source import Source
 from tests.unit.helpers.containers import assert_same
 from tests.unit.helpers.dcp import grid, handmade, load, save
@@ -123,6 +125,45 @@ def test_plain_torch_checkpoint(tmp_path: Path, options: dict[str, Any]) -> None
     assert values["step"] == 7
     assert values["optimizer.param_groups.0.betas"] == (0.9, 0.95)
     assert bytes_of(values["blob"]) == b"state"
+
+
+def in_one_file(folder: Path, path: Path) -> dict[str, Source]:
+    """All files of a folder in one, with other bytes between them, as in an archive."""
+    found, at = {}, 0
+    with path.open("wb") as out:
+        for inner in sorted(folder.iterdir()):
+            at += out.write(b"#" * 77)
+            found[inner.name] = Source(str(path), at, inner.stat().st_size)
+            at += out.write(inner.read_bytes())
+    return found
+
+
+def test_checkpoint_inside_another_file(tmp_path: Path) -> None:
+    folder = save(PLAIN, tmp_path / "x", thread_count=3)
+    files = in_one_file(folder, tmp_path / "all")
+    theirs = load(folder)
+    values = {key: dcp.value(item) for key, item in dcp.read(folder).objects.items()}
+    shutil.rmtree(folder)
+    found = dcp.interpret("all!weights", files)
+    ours = dcp.tensors(found)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert_same(ours[key], tensor, key)
+    assert {key: dcp.value(item) for key, item in found.objects.items()} == values
+    assert (found.where, found.unused) == ("all!weights", ())
+
+
+def test_checkpoint_inside_another_file_is_refused_by_name(tmp_path: Path) -> None:
+    """A chunk may not reach into what follows its file there; a file that is not there is told."""
+    files = in_one_file(save(PLAIN, tmp_path / "x"), tmp_path / "all")
+    name = next(name for name in files if name.endswith(".distcp"))
+    short = files[name]._replace(nbytes=files[name].nbytes - 1)
+    with pytest.raises(FormatError, match=rf"all!weights/.metadata: .* of {name}, which has {short.nbytes} bytes"):
+        dcp.interpret("all!weights", {**files, name: short})
+    with pytest.raises(FormatError, match=f"{name}: is missing"):
+        dcp.interpret("all!weights", {".metadata": files[".metadata"]})
+    with pytest.raises(FormatError, match=r"all!weights/.metadata: is missing"):
+        dcp.interpret("all!weights", {name: files[name]})
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])

@@ -107,6 +107,15 @@ def test_archive_without_leading_dots_is_the_same(tmp_path: Path) -> None:
     assert found.folders == tar.open_tar(path).folders
 
 
+def test_files_below_a_folder() -> None:
+    source = Source("x", 0, 1)
+    found = tar.Tar("x", dict.fromkeys(("a/b/c", "ab/d", "a/e", "f"), source), frozenset({"a", "a/b", "ab"}))
+    assert found.below("a").keys() == {"b/c", "e"}
+    assert found.below("a/b").keys() == {"c"}
+    assert found.below("b") == {}
+    assert found.below("") == found.members
+
+
 def test_unpacked_folder_is_the_same(tmp_path: Path) -> None:
     path = nemo(ZARR, tmp_path)
     folder = extracted(path, tmp_path / "x")
@@ -119,7 +128,9 @@ def test_folder_may_link_inside_itself(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x").write_bytes(b"1")
     (tmp_path / "y").symlink_to("a/x")
-    same_members(tar.open_folder(tmp_path), {"a/x": b"1", "y": b"1"})
+    found = tar.open_folder(tmp_path)
+    same_members(found, {"a/x": b"1", "y": b"1"})
+    assert found.title("a/x") == found.members["a/x"].path
 
 
 LONG = "/".join(["f" * 30] * 5) + "/" + "n" * 120

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import gzip
 import os
 import tempfile
@@ -71,7 +72,7 @@ def unpacked(path: Path, scratch: Path, limit: int = LIMIT) -> Path:
 
 def _remove_leftovers(final: Path) -> None:
     """What killed processes did not finish; a file that is being written is locked."""
-    for part in final.parent.glob(f"{final.name}.*.part"):
+    for part in final.parent.glob(f"{glob.escape(final.name)}.*.part"):
         with part.open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import subprocess
@@ -248,13 +249,15 @@ def test_changed_archive_is_unpacked_anew(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
-    path = nemo_gz(tmp_path)
+    path = nemo_gz(tmp_path).rename(tmp_path / "x [1].nemo")
     name = gzipped.scratch_file(path, tmp_path).name
-    left, other = tmp_path / f"{name}.abc.part", tmp_path / "other.part"
-    left.write_bytes(b"half")
-    other.write_bytes(b"of another")
-    gzipped.unpacked(path, tmp_path)
-    assert (left.exists(), other.exists()) == (False, True)
+    left, live, other = (tmp_path / name for name in (f"{name}.a.part", f"{name}.b.part", "other.part"))
+    for part in (left, live, other):
+        part.write_bytes(b"half")
+    with live.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        gzipped.unpacked(path, tmp_path)
+    assert [part.exists() for part in (left, live, other)] == [False, True, True]
 
 
 def test_more_than_the_limit_is_refused(tmp_path: Path) -> None:

@@ -87,9 +87,13 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a saver wants to be given: which names, in which form, cut how, with how many vocabulary rows."""
+    """What a saver wants to be given: which names, in which form, cut how, with how many vocabulary rows.
+
+    Rows that it wants beyond the true ones are copies of the last (`vocab_fill` "last") or zeros ("zero").
+    """
 
     mapping: Mapping
     variant: frozenset[str]
     topology: Topology
     vocab_rows: int
+    vocab_fill: str = "last"

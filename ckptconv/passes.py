@@ -38,8 +38,8 @@ def cast(checkpoint: Checkpoint, dtype: str, mapping: Mapping) -> Checkpoint:
     return replace(checkpoint, tensors=tensors, config=replace(checkpoint.config, dtype=wanted))
 
 
-def resize_vocabulary(checkpoint: Checkpoint, rows: int, mapping: Mapping) -> Checkpoint:
-    """Every vocabulary axis with `rows` entries: padding cut away down to the true size, then the last true row repeated."""
+def resize_vocabulary(checkpoint: Checkpoint, rows: int, mapping: Mapping, fill: str = "last") -> Checkpoint:
+    """Every vocabulary axis with `rows` entries: padding cut away down to the true size, then rows as `fill` says."""
     config = checkpoint.config
     if rows == config.vocab_rows:
         return checkpoint
@@ -52,7 +52,7 @@ def resize_vocabulary(checkpoint: Checkpoint, rows: int, mapping: Mapping) -> Ch
             "give --vocab-size"
         )
 
-    return _with_rows(checkpoint, rows, last_row, mapping)
+    return _with_rows(checkpoint, rows, FILLS[fill], mapping)
 
 
 def grow_vocabulary(checkpoint: Checkpoint, rows: int, row_of: RowOf, mapping: Mapping) -> Checkpoint:
@@ -72,6 +72,9 @@ def last_row(key: Key, kept: Tensor, axis: int) -> Tensor:
 
 def zero_row(key: Key, kept: Tensor, axis: int) -> Tensor:
     return Fill((*kept.shape[:axis], 1, *kept.shape[axis + 1 :]), kept.dtype)
+
+
+FILLS: dict[str, RowOf] = {"last": last_row, "zero": zero_row}
 
 
 def vocabulary_axes(key: Key, mapping: Mapping) -> tuple[int, ...]:

@@ -112,7 +112,7 @@ def prepare(job: Job) -> Prepared:
     checkpoint = replace(checkpoint, config=replace(checkpoint.config, dtype=passes.mean_dtype(checkpoint)))
     topology = job.layout.topology(checkpoint.config.layers, checkpoint.origin.topology, keep=job.saver is None)
     target = saver.target(checkpoint, topology, options, request)
-    checkpoint = passes.resize_vocabulary(checkpoint, target.vocab_rows, target.mapping)
+    checkpoint = passes.resize_vocabulary(checkpoint, target.vocab_rows, target.mapping, target.vocab_fill)
     _refuse_unused(request.mappings, (checkpoint.origin.mapping, target.mapping.name))
     stored = localize(checkpoint, target, saver.name)
     plan = saver.save(stored, options, request)

@@ -20,6 +20,7 @@ BUILT_IN = {
     "mcore": "ckptconv.formats.mcore:Mcore",
     "mcore-dist": "ckptconv.formats.mcore_dist:McoreDist",
     "legacy": "ckptconv.formats.legacy:Legacy",
+    "nemo": "ckptconv.formats.nemo:Nemo",
     "dcp": "ckptconv.formats.dcp:Dcp",
 }
 

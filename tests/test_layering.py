@@ -36,7 +36,7 @@ megatron
 nemo
 formats.mcore formats.legacy
 formats.dcp
-formats.mcore_dist
+formats.mcore_dist formats.nemo
 registry
 executor
 pipeline

@@ -16,11 +16,10 @@ from ckptconv.megatron.extra_state import ExtraState
 from ckptconv.megatron.measure import MCORE
 from ckptconv.megatron.stages import pipeline_args
 from ckptconv.megatron.usage import usage
-from ckptconv.megatron.versions import NEWEST, PORTABLE_TE, Core, Version, core_version, show, te_version
+from ckptconv.megatron.versions import LOCAL, NEWEST, PORTABLE_TE, TE, Core, Version, core_version, show, te_version
 from ckptconv.plan import Plan
 from ckptconv.topology import Topology
 
-TE, LOCAL = "transformer_engine", "local"
 EXPERTS = {"te-grouped": "experts_te", "sequential": "experts_sequential", "grouped": "experts_grouped"}
 
 

@@ -10,7 +10,6 @@ from ckptconv.config import ModelConfig
 from ckptconv.containers import storage
 from ckptconv.errors import TopologyError, UsageError
 from ckptconv.formats import Request
-from ckptconv.formats.mcore import LOCAL, TE
 from ckptconv.mapping_files import chosen
 from ckptconv.megatron import dist_loading, dist_saving, run_config, saving
 from ckptconv.megatron.args_write import refuse_inexpressible
@@ -18,7 +17,7 @@ from ckptconv.megatron.dist_loading import TORCH_DIST, ZARR
 from ckptconv.megatron.extra_state import ExtraState
 from ckptconv.megatron.folders import DIGESTS, MEGATRONS, is_distributed, is_plain, looks_like, open_distributed
 from ckptconv.megatron.usage import usage
-from ckptconv.megatron.versions import NEWEST, PORTABLE_TE, Core, core_version, show, te_version
+from ckptconv.megatron.versions import LOCAL, NEWEST, PORTABLE_TE, TE, Core, core_version, show, te_version
 from ckptconv.plan import Plan
 from ckptconv.topology import Topology, even
 

@@ -61,18 +61,16 @@ def save(stored: Stored, step: int | str | None, request: Request, form: Form, f
     folder = iteration_name(number)
     stacked = "l" in stored.mapping.stack
     entries = objects(stored.config, form.extra, stacked=stacked)
-    told = {"sharded_backend": filing.backend, "sharded_backend_version": 1}
-    told |= {"common_backend": "torch", "common_backend_version": 1}  # 0.19 has no use for it
-    sharded = _zarr if filing.backend == ZARR else _torch_dist
+    whole = {key.name: tensor for key, tensor in tensors.items()}
     plan: list[File] = [
-        *sharded(folder, {key.name: tensor for key, tensor in tensors.items()}, entries, filing, stacked),
+        *layout(f"{folder}/", whole, entries, filing, stacked=stacked),
         _common(stored, number, request, form, stacked=stacked),
         *hf_files(stored.extras),
         *(
             [final_file(f"{folder}/{run_config.NAME}", run_config.render(stored, form, stored.config.dtype or FP32))]
             * filing.run_config
         ),
-        final_file(f"{folder}/{TELLING}", json.dumps(told).encode()),
+        final_file(f"{folder}/{TELLING}", telling(filing.backend)),
         final_file(TRACKER, str(number).encode()),
     ]
     about: dict[str, object] = {
@@ -102,8 +100,23 @@ def written_args(stored: Stored, request: Request, form: Form) -> Namespace:
     return write_args(subject)
 
 
+def telling(backend: str) -> bytes:
+    """The file that makes a folder a distributed checkpoint to Megatron-Core."""
+    told = {"sharded_backend": backend, "sharded_backend_version": 1}
+    return json.dumps(
+        {**told, "common_backend": "torch", "common_backend_version": 1}
+    ).encode()  # 0.19 wants the first two
+
+
+def layout(
+    base: str, tensors: Dict[str, Tensor], entries: Dict[str, object], filing: Filing, *, stacked: bool
+) -> list[File]:
+    """The files of tensors and objects, their paths beginning with `base`."""
+    return (_zarr if filing.backend == ZARR else _torch_dist)(base, tensors, entries, filing, stacked)
+
+
 def _torch_dist(
-    folder: str, tensors: Dict[str, Tensor], entries: Dict[str, object], filing: Filing, stacked: bool
+    base: str, tensors: Dict[str, Tensor], entries: Dict[str, object], filing: Filing, stacked: bool
 ) -> list[File]:
     """Objects are lists of one, as Megatron-Core saves them."""
     boxes = {
@@ -113,16 +126,16 @@ def _torch_dist(
     count = filing.files or max(1, -(-sum(t.nbytes for t in tensors.values()) // PER_FILE))
     lists: dict[str, list[object]] = {}  # equal ones are one list
     listed = {key: lists.setdefault(repr(value), [value]) for key, value in entries.items()}
-    return dcp_write.layout(folder, boxes, listed, files=count)
+    return dcp_write.layout(base.removesuffix("/"), boxes, listed, files=count)
 
 
 def _zarr(
-    folder: str, tensors: Dict[str, Tensor], entries: Dict[str, object], filing: Filing, stacked: bool
+    base: str, tensors: Dict[str, Tensor], entries: Dict[str, object], filing: Filing, stacked: bool
 ) -> list[File]:
     """Objects are files of their own."""
     chunked = {key: (tensor, _chunk(key, tensor, filing, stacked)) for key, tensor in tensors.items()}
-    loose = [torch_write.layout(f"{folder}/{key}.pt", value) for key, value in entries.items()]
-    return [*zarr2_write.layout(folder, chunked), *loose]
+    loose = [torch_write.layout(f"{base}{key}.pt", value) for key, value in entries.items()]
+    return [*zarr2_write.layout(base.removesuffix("/"), chunked), *loose]
 
 
 def _chunk(key: str, tensor: Tensor, filing: Filing, stacked: bool) -> Shape:

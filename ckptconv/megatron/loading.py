@@ -25,12 +25,16 @@ from ckptconv.topology import Rank, Topology, with_stages
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What tells the two formats apart when reading. `variant` gives what names cannot tell, from the first rank's file."""
+    """What tells formats of rank files apart when reading. `variant` gives what names cannot tell, from the first rank's file;
+
+    `joined` sees shapes as those of one tensor that a form of the dialect cuts in two.
+    """
 
     format: str
     mappings: tuple[Mapping, ...]
     names: Names
     variant: Callable[[RankContent], frozenset[str]]
+    joined: Callable[[Dict[str, Shape]], dict[str, Shape]] = dict
 
 
 def load(path: Path, config: Path | None, request: Request, kind: Kind) -> Stored:
@@ -58,7 +62,7 @@ def from_ranks(
     grid = make_grid(contents, said.layout if said else ArgsLayout(), kind.names.embed, folder)
     family = hf_beside.family(request)
     evidence = Evidence(
-        _measure(grid, kind.names), said, beside.config, beside.where, beside.given, family.name if family else None, request.vocab
+        _measure(grid, kind), said, beside.config, beside.where, beside.given, family.name if family else None, request.vocab
     )  # fmt: skip
     topology = _topology(grid, evidence)
     architecture, notes = resolve(evidence)
@@ -73,17 +77,17 @@ def from_ranks(
     return Stored(kind.format, mapping, variant, topology, architecture, ranks, places, extras)
 
 
-def _measure(grid: Grid, names: Names) -> Measured:
+def _measure(grid: Grid, kind: Kind) -> Measured:
     """Sizes from one rank of every stage; that the other ranks are alike is found when all tensors are accounted for."""
     stages = [grid.stage(p) for p in range(grid.pp)]
     layers: list[Dict[str, Shape]] = []
     for chunk in range(grid.vpp):
         for content in stages:
-            layers += _by_layer(content.chunks[chunk])
+            layers += _by_layer(kind.joined(_shapes(content.chunks[chunk])))
     first, last = _shapes(stages[0].chunks[0]), _shapes(stages[-1].chunks[-1])
-    measured = measure(first, last, layers, names, grid.tp, grid.ep)
+    measured = measure(first, last, layers, kind.names, grid.tp, grid.ep)
     if not measured.rows:
-        raise FormatError(stages[0].file.path, f"the first stage has no {names.embed}")
+        raise FormatError(stages[0].file.path, f"the first stage has no {kind.names.embed}")
     return measured
 
 
@@ -91,12 +95,12 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, Shape]:
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
-def _by_layer(tensors: dict[str, Tensor]) -> list[dict[str, Shape]]:
+def _by_layer(shapes: Dict[str, Shape]) -> list[dict[str, Shape]]:
     """The shapes of each layer of a chunk, under names without the layer."""
     layers: dict[int, dict[str, Shape]] = {}
-    for name, tensor in tensors.items():
+    for name, shape in shapes.items():
         if match := LAYER.search(name):
-            layers.setdefault(int(match[1]), {})[name[match.end() :]] = tensor.shape
+            layers.setdefault(int(match[1]), {})[name[match.end() :]] = shape
     return [layers[i] for i in sorted(layers)]
 
 

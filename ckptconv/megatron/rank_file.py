@@ -48,7 +48,7 @@ def read_rank(file: RankFile, check: bool, rename: Callable[[str], str]) -> Rank
         raise FormatError(file.path, f"holds a {type(saved).__name__}, expected the dictionary that Megatron saves")
     return RankContent(
         file,
-        tuple(_tensors(saved[key], rename, f"{file.path}: {key}") for key in _chunk_keys(saved, file)),
+        tuple(model_tensors(saved[key], rename, f"{file.path}: {key}") for key in _chunk_keys(saved, file)),
         args_of(saved, file.path),
         _version(saved, file),
         step_of(saved, file.path),
@@ -70,7 +70,7 @@ def _chunk_keys(saved: dict[object, object], file: RankFile) -> list[str]:
     return wanted
 
 
-def _tensors(model: object, rename: Callable[[str], str], where: str) -> dict[str, Tensor]:
+def model_tensors(model: object, rename: Callable[[str], str], where: str) -> dict[str, Tensor]:
     """Nested dictionaries flattened to dotted names. `_extra_state` is not the model's and is set aside."""
     if not isinstance(model, dict):
         raise FormatError(where, f"is a {type(model).__name__}, expected a dictionary of tensors")

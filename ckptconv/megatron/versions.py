@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ckptconv.errors import UsageError
 
+TE, LOCAL = "transformer_engine", "local"  # whose modules a model is made of
 OLDEST = (0, 9)
 NEWEST = (0, 16)
 PORTABLE_TE = (2, 0)  # what it stores is read by every 1.x from 1.13 and every 2.x whose source was read (to 2.8)

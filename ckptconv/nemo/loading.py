@@ -1,0 +1,168 @@
+"""A `.nemo` archive, or the folder it unpacks to, as a Stored checkpoint: tensors stay where they lie inside the archive."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping as Dict
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from ckptconv.checkpoint import Stored
+from ckptconv.containers import dcp, gzipped, json_file, tar, torch_file, zarr2
+from ckptconv.containers.ranges import HeaderReader
+from ckptconv.containers.tar import Tar
+from ckptconv.errors import FormatError, UsageError
+from ckptconv.formats import Request
+from ckptconv.mapping_files import chosen
+from ckptconv.megatron import hf_beside
+from ckptconv.megatron.dist_loading import TELLING, ZARR, Contents, from_whole
+from ckptconv.megatron.folders import RankFile
+from ckptconv.megatron.loading import Kind, from_ranks
+from ckptconv.megatron.measure import MCORE
+from ckptconv.megatron.rank_file import RankContent, model_tensors
+from ckptconv.nemo import artifacts, model_config
+from ckptconv.nemo.model_config import NemoConfig
+from ckptconv.nemo.names import LEGACY, joined_gates, prefix_of
+from ckptconv.source import Source, whole
+from ckptconv.tensor import Tensor
+
+WEIGHTS, DISTRIBUTED = "model_weights.ckpt", "model_weights/"
+RANKS = re.compile(r"(?:mp_rank_(\d{2,6})/|tp_rank_(\d{2,6})_pp_rank_(\d{3,6})/)?" + re.escape(WEIGHTS))
+MAX_CONFIG, MAX_TOKENIZER = 4 << 20, 64 << 20
+TOKENIZER = "tokenizer.model"
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An archive, its configuration, and the tokenizer: what the model's vocabulary is known by."""
+
+    archive: Tar
+    config: NemoConfig
+    tokenizer: Source | None
+
+
+def is_nemo(path: Path) -> bool:
+    """Whether a file or folder looks like one, from names alone."""
+    if path.is_dir():
+        return (path / model_config.NAME).is_file()
+    return path.is_file() and (path.suffix == ".nemo" or tar.is_tar(path))
+
+
+def open_archive(path: Path, scratch: Path | None, tokenizer: Path | None, *, plain_rope: bool) -> Opened:
+    """The archive in place; a gzip'ed one is unpacked once, into the folder `scratch`."""
+    if path.is_dir():
+        archive = tar.open_folder(path)
+    elif gzipped.is_gzip(path):
+        if scratch is None:
+            raise UsageError(
+                f"{path} is compressed and has to be unpacked once: say into which folder with --loader.scratch FOLDER"
+            )
+        archive = tar.open_tar(gzipped.unpacked(path, scratch), str(path))
+    else:
+        archive = tar.open_tar(path)
+    member = archive.members.get(model_config.NAME)
+    if member is None:
+        raise FormatError(path, f"has no {model_config.NAME}: it is no checkpoint of NeMo")
+    where = f"{path}!{model_config.NAME}"
+    config = model_config.read(content(member, where, MAX_CONFIG), where, plain_rope=plain_rope)
+    found = artifacts.find(config.raw, archive.members, where)
+    packed = next((a.member for a in found if a.key == "tokenizer.model" and a.member), None)
+    given = whole(str(tokenizer)) if tokenizer is not None else None
+    return Opened(archive, config, given or (archive.members[packed] if packed else None))
+
+
+def content(source: Source, where: str, limit: int) -> bytes:
+    """A small member, whole."""
+    if source.nbytes > limit:
+        raise FormatError(where, f"has {source.nbytes:,} bytes; more than {limit:,} are not read")
+    with HeaderReader(source, where) as reader:
+        return reader.read(0, source.nbytes, "its bytes")
+
+
+def load(path: Path, opened: Opened, config: Path | None, request: Request, format_name: str) -> Stored:
+    """Describe the checkpoint from the headers of its members."""
+    nemo, archive = opened.config, opened.archive
+    tokens = content(opened.tokenizer, f"{path}!{TOKENIZER}", MAX_TOKENIZER) if opened.tokenizer else None
+    said = model_config.statement(nemo, request.vocab or model_config.vocabulary(nemo, tokens))
+    beside = hf_beside.find(config, None, request)
+    inside = {n.removeprefix(DISTRIBUTED): s for n, s in archive.members.items() if n.startswith(DISTRIBUTED)}
+    if inside:
+        said = replace(said, layout=replace(said.layout, counts=None), rows=None)
+        stored = from_whole(_contents(f"{path}!{DISTRIBUTED}", inside), said, beside, request, str(path), format_name)
+    else:
+        contents = _ranks(path, archive)
+        stored = from_ranks(contents, said, beside, request, _kind(contents, nemo, request, format_name), path)
+    files = {**stored.extras.files, **({TOKENIZER: opened.tokenizer} if opened.tokenizer else {})}
+    objects = {**stored.extras.objects, "nemo": nemo.raw}
+    notes = (*nemo.notes, *stored.extras.notes)
+    return replace(stored, extras=replace(stored.extras, files=files, objects=objects, notes=notes))
+
+
+def _contents(where: str, files: Dict[str, Source]) -> Contents:
+    """A distributed checkpoint inside the archive, under the names that Megatron-Core has for it."""
+    told = json_file.read(files[TELLING]) if TELLING in files else {}
+    if told.get("sharded_backend") == ZARR:
+        arrays = zarr2.interpret(where, files)
+        shapes = {key: entry.shape for key, entry in arrays.tensors.items()}
+        objects = {key: source.nbytes for key, source in arrays.objects.items()}
+        return _bare(Contents(
+            shapes, objects, lambda keys: zarr2.tensors(arrays, keys), lambda key: torch_file.read(arrays.objects[key])
+        ), where)  # fmt: skip
+    found = dcp.interpret(where, files)
+    shapes = {key: entry.shape for key, entry in found.tensors.items()}
+    objects = {key: item.nbytes for key, item in found.objects.items()}
+    return _bare(Contents(
+        shapes, objects, lambda keys: dcp.tensors(found, keys), lambda key: dcp.value(found.objects[key])
+    ), where)  # fmt: skip
+
+
+def _bare(contents: Contents, where: str) -> Contents:
+    """The same without what NeMo puts before every name."""
+    prefix = prefix_of([*contents.shapes, *contents.objects], where)
+    n = len(prefix)
+
+    def tensors(keys: list[str]) -> dict[str, Tensor]:
+        return {key[n:]: tensor for key, tensor in contents.tensors([prefix + key for key in keys]).items()}
+
+    return Contents(
+        {key[n:]: shape for key, shape in contents.shapes.items()},
+        {key[n:]: nbytes for key, nbytes in contents.objects.items()},
+        tensors,
+        lambda key: contents.value(prefix + key),
+    )
+
+
+def _ranks(path: Path, archive: Tar) -> list[RankContent]:
+    """What each rank's file holds, in order of the ranks' numbers."""
+    found: dict[tuple[int, ...], RankContent] = {}
+    for name, source in archive.members.items():
+        if (match := RANKS.fullmatch(name)) is None:
+            continue
+        numbers = tuple(int(n) for n in match.groups() if n is not None) or (0,)
+        where = f"{path}!{name}"
+        saved = torch_file.read(source, where=where)
+        if not isinstance(saved, dict):
+            raise FormatError(where, f"holds a {type(saved).__name__}, expected the dictionary of a model")
+        prefix = prefix_of([str(key) for key in saved], where)
+        tensors = model_tensors(saved, partial(_without, prefix), where)
+        file = RankFile(numbers, Path(name if "/" in name else f"{path.name}/{name}"))
+        found[numbers] = RankContent(file, (tensors,), None, None, None)
+    if not found:
+        raise FormatError(
+            path, f"holds no weights: neither {WEIGHTS} (alone, or in folders of ranks) nor {DISTRIBUTED}"
+        )
+    return [found[numbers] for numbers in sorted(found)]
+
+
+def _without(prefix: str, name: str) -> str:
+    return name.removeprefix(prefix)
+
+
+def _kind(contents: list[RankContent], nemo: NemoConfig, request: Request, format_name: str) -> Kind:
+    """Which of NeMo's models the names are of."""
+    if any(name.startswith("language_model.") for name in contents[0].chunks[0]):
+        legacy = (chosen("nemo-legacy", request.mappings),)
+        return Kind(format_name, legacy, LEGACY, lambda _: nemo.variant, joined_gates)
+    core = (chosen("nemo-mcore", request.mappings), chosen("nemo-mcore-local", request.mappings))
+    return Kind(format_name, core, MCORE, lambda _: frozenset())

@@ -1,0 +1,162 @@
+"""A Stored checkpoint to a `.nemo` archive: configuration, tokenizer and weights, laid out as one file or as the folder it unpacks to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping as Dict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ckptconv.checkpoint import Extras, Stored
+from ckptconv.config import ModelConfig
+from ckptconv.containers import tar_write, torch_write
+from ckptconv.containers.pickled import Ordered
+from ckptconv.containers.tar_write import Member
+from ckptconv.dtypes import FP32, UINT8
+from ckptconv.errors import ConfigError, UsageError
+from ckptconv.formats import Request
+from ckptconv.leaves import contiguous, full
+from ckptconv.megatron.dist_objects import objects
+from ckptconv.megatron.dist_saving import Filing, layout, telling
+from ckptconv.megatron.extra_state import ExtraState
+from ckptconv.nemo import artifacts, model_config, sentencepiece
+from ckptconv.nemo.loading import DISTRIBUTED, MAX_TOKENIZER, TOKENIZER, WEIGHTS, content
+from ckptconv.nemo.model_config_write import DIVISOR, Form, Tokenizer, write
+from ckptconv.nemo.names import NEMO1
+from ckptconv.nodes import concat
+from ckptconv.plan import File, Plan, Segment
+from ckptconv.source import Source, whole
+from ckptconv.tensor import Tensor
+from ckptconv.topology import Rank
+
+LIBRARY = {
+    "library": "sentencepiece", "type": None, "vocab_file": None, "merge_file": None, "delimiter": None, "sentencepiece_legacy": False,
+}  # fmt: skip
+LAST_NORM = "decoder.final_layernorm._extra_state/shard_0_1"  # NeMo's files have one; a model without it loads them all the same
+INV_FREQ = "language_model.rotary_pos_emb.inv_freq"
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """Which of NeMo's models the archive is for, and how it is filed; `pack`: as one file."""
+
+    form: Form
+    extra: ExtraState
+    distributed: bool
+    filing: Filing
+    tokenizer: Path | None
+    pack: bool
+
+
+def raw(extras: Extras) -> dict[str, object]:
+    """The configuration of a NeMo source."""
+    kept = extras.objects.get("nemo")
+    return kept if isinstance(kept, dict) else {}
+
+
+def divisor(config: ModelConfig, extras: Extras, request: Request) -> int:
+    """What the vocabulary is padded to a multiple of, per tensor rank: as asked for, as in the source, or what makes padding least."""
+    if request.vocab_divisor is not None:
+        return request.vocab_divisor
+    kept = raw(extras).get("make_vocab_size_divisible_by")
+    if isinstance(kept, int) and not isinstance(kept, bool) and kept > 0:
+        return kept
+    true = config.vocab or config.vocab_rows
+    return next(n for n in (DIVISOR, 64, 32, 16, 8, 4, 2, 1) if true % n == 0)
+
+
+def save(stored: Stored, request: Request, archive: Archive) -> Plan:
+    """The archive's members, in one file unless asked otherwise."""
+    if slots := sorted({k.slot for tensors in stored.ranks.values() for k in tensors} - {"param"}):
+        raise ConfigError(
+            f"optimizer state ({', '.join(slots)}) has no place in a .nemo archive: --optimizer drop leaves it out"
+        )
+    source = whole(str(archive.tokenizer)) if archive.tokenizer else stored.extras.files.get(TOKENIZER)
+    tokenizer, members = _tokenizer(source, raw(stored.extras))
+    settings = raw(stored.extras)
+    text = write(
+        stored.config, stored.topology, archive.form, stored.config.dtype or FP32, tokenizer,
+        divisor=divisor(stored.config, stored.extras, request), carried=settings or None,
+    )  # fmt: skip
+    members.append((model_config.NAME, text))
+    members += _distributed(stored, archive) if archive.distributed else _ranks(stored, archive)
+    about: dict[str, object] = {"tokenizer": "packed" if source else "not packed: NeMo needs one beside the archive"}
+    if archive.pack:
+        return Plan((tar_write.layout("archive.nemo", members),), about=about, single=True)
+    return Plan(tuple(_loose(name, body) for name, body in members), about=about)
+
+
+def _loose(name: str, body: File | bytes) -> File:
+    return (
+        replace(body, path=name) if isinstance(body, File) else File(name, len(body), (Segment(0, body),), final=True)
+    )
+
+
+def _tokenizer(source: Source | None, settings: Dict[str, object]) -> tuple[Tokenizer, list[Member]]:
+    """The section that names the tokenizer, and the member it names; what NeMo finds by itself (a hub name) is kept."""
+    section = settings.get("tokenizer")
+    kept = dict(section) if isinstance(section, dict) else {}
+    if source is None:
+        return Tokenizer(kept), []
+    data = content(source, source.path, MAX_TOKENIZER)
+    member = artifacts.stored_name(TOKENIZER, data)
+    told = {**LIBRARY, **kept, "library": "sentencepiece", "model": artifacts.uri(member)}
+    body = contiguous(source, (source.nbytes,), UINT8)
+    file = File(member, source.nbytes, (Segment(0, body, member),))
+    return Tokenizer(told, len(sentencepiece.pieces(data, source.path))), [(member, file)]
+
+
+def _distributed(stored: Stored, archive: Archive) -> list[Member]:
+    """Whole tensors in chunks, each under `model.`."""
+    (tensors,) = stored.ranks.values()
+    stacked = "l" in stored.mapping.stack
+    entries = {NEMO1 + key: value for key, value in objects(stored.config, archive.extra, stacked=stacked).items()}
+    if archive.extra.te is not None:
+        entries.setdefault(NEMO1 + LAST_NORM, next(iter(entries.values())))
+    named = {NEMO1 + key.name: tensor for key, tensor in tensors.items()}
+    files = [*layout("", named, entries, archive.filing, stacked=stacked), torch_write.layout("common.pt", {})]
+    return [
+        *((DISTRIBUTED + file.path, file) for file in files),
+        (f"{DISTRIBUTED}metadata.json", telling(archive.filing.backend)),
+    ]
+
+
+def _ranks(stored: Stored, archive: Archive) -> list[Member]:
+    """A file for each process, in the folder that says which it is."""
+    topology = stored.topology
+    members: list[Member] = []
+    for pp, tp, ep in topology.processes():
+        if ep:
+            raise UsageError("a .nemo archive of rank files has no names for expert ranks: use --ep 1")
+        rank = Rank(pp, tp, 0, 0, tp % topology.etp)
+        tensors = {key.name: tensor for key, tensor in stored.ranks[rank].items()}
+        flat = archive.extra.beside(tensors, last="head" in topology.stage(rank).roles)
+        if not archive.form.mcore and stored.config.rope is not None:
+            flat = _with_frequencies(flat, stored.config)
+        folder = (
+            f"tp_rank_{tp:02d}_pp_rank_{pp:03d}/"
+            if topology.pp > 1
+            else f"mp_rank_{tp:02d}/"
+            if topology.tp > 1
+            else ""
+        )
+        named = Ordered({NEMO1 + name: value for name, value in flat.items()})
+        members.append((folder + WEIGHTS, torch_write.layout(WEIGHTS, named)))
+    return members
+
+
+def _with_frequencies(flat: Dict[str, object], config: ModelConfig) -> dict[str, object]:
+    """The buffer that NeMo's legacy models demand, behind the embedding."""
+    first = {name: value for name, value in flat.items() if name.startswith("language_model.embedding.")}
+    rest = {name: value for name, value in flat.items() if name not in first}
+    return {**first, INV_FREQ: _frequencies(config), **rest}
+
+
+def _frequencies(config: ModelConfig) -> Tensor:
+    """One for each pair of a head's rotated rows, worked out as Megatron does, in fp32."""
+    assert config.rope is not None
+    size = int(config.head_dim * config.rope.percent)
+    steps = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
+    values = np.float32(1) / np.float32(config.rope.base) ** steps
+    return concat([full((1,), FP32, float(value)) for value in values], 0)

@@ -103,6 +103,8 @@ def _put_in_place(partial: Path, dst: Path, force: bool) -> None:
         os.link(partial, dst)  # unlike a rename it never replaces a file
     except FileExistsError:
         raise PlanError(f"{dst} exists (--force replaces it once the new one is complete)") from None
+    except OSError:  # a file system without links
+        partial.rename(dst)
 
 
 def _copied(name: str, source: Source) -> File:

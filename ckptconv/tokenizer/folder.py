@@ -53,15 +53,11 @@ def extend_folder(path: Path, wanted: Wanted) -> Extended:
                 where, f"ends with id {last}, but {longest.where} goes on to {first - 1}: they do not agree"
             )
         files[hf_json.TOKENIZER] = parts.fast.extended(wanted, first)
-    if parts.pieces is not None and parts.pieces.next_id == first:
+    if parts.pieces is not None and not (apart := _apart(parts.pieces, first, parts.fast)):
         files[MODEL] = parts.pieces.extended(wanted)
-    elif parts.pieces is not None:
-        notes.append(
-            f"{MODEL} stays as it is: it has {parts.pieces.next_id} pieces, and ids from there to {first - 1} are added "
-            "tokens of other files already; software that reads it alone knows none of them"
-        )
     elif os.path.lexists(path / MODEL):
-        notes.append(f"{MODEL} stays as it is: it holds ranks for tiktoken, which know of no added tokens")
+        why = apart if parts.pieces is not None else "it holds ranks for tiktoken, which know of no added tokens"
+        notes.append(f"{MODEL} stays as it is: {why}")
     if parts.settings is not None:
         files[hf_json.SETTINGS] = hf_json.with_settings(parts.settings, wanted, first)
     if parts.added is not None:
@@ -70,6 +66,15 @@ def extend_folder(path: Path, wanted: Wanted) -> Extended:
         files[hf_json.SPECIAL] = hf_json.with_special(parts.special, wanted)
     ids = wanted.numbered(first)
     return Extended(ids, first + len(ids), files, tuple(notes))
+
+
+def _apart(pieces: Pieces, first: int, fast: TokenizerJson | None) -> str:
+    """Why new pieces would not have the ids of the new tokens, or nothing."""
+    if pieces.next_id != first:
+        return f"it has {pieces.next_id} pieces, but other files have ids up to {first - 1}"
+    others = (t for t, i in pieces.known.items() if fast is not None and fast.known.get(t, i) != i)
+    other = next(others, None)
+    return f"its ids are not those of {hf_json.TOKENIZER}, see {other!r}" if other is not None else ""
 
 
 def read_parts(folder: Path) -> Parts:

@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from ckptconv import passes
-from ckptconv.checkpoint import Checkpoint, Key
+from ckptconv.checkpoint import Key
 from ckptconv.errors import ConfigError, UsageError, ValueLossError
 from ckptconv.formats import Request
 from ckptconv.formats.hf import Hf, HfSave
 from ckptconv.localize import localize
-from ckptconv.mapping import Mapping
 from ckptconv.mapping_files import load_mapping
 from ckptconv.nodes import Fill, concat
 from ckptconv.pipeline import Job, open_checkpoint
@@ -47,7 +46,7 @@ def plan_growth(growth: Growth, extended: Extended) -> tuple[Plan, tuple[str, ..
     if growth.rows < true:
         raise UsageError(f"--vocab-rows {growth.rows}: the checkpoint has {true} rows; none may be lost")
     mapping = load_mapping(checkpoint.origin.mapping)
-    grown = passes.grow_vocabulary(checkpoint, growth.rows, row_maker(growth.init, checkpoint, mapping), mapping)
+    grown = passes.grow_vocabulary(checkpoint, growth.rows, row_maker(growth.init), mapping)
     saver, options = Hf(), HfSave()
     target = saver.target(grown, even(config.layers), options, Request())
     plan = saver.save(localize(grown, target, saver.name), options, Request())
@@ -58,7 +57,7 @@ def plan_growth(growth: Growth, extended: Extended) -> tuple[Plan, tuple[str, ..
     return replace(plan, checks=checks, about=about, root=str(growth.checkpoint)), notes
 
 
-def row_maker(init: str, checkpoint: Checkpoint, mapping: Mapping) -> passes.RowOf:
+def row_maker(init: str) -> passes.RowOf:
     """The row that new ones repeat. That of a mean is made of constants: it is known before anything is written."""
     if init not in INITS:
         raise UsageError(f"--init {init}: expected {', '.join(INITS)}")

@@ -32,6 +32,8 @@ class JsonFile:
 
     def written(self, table: Table) -> bytes:
         """The table as this file would hold it: indented or on one line, with or without a newline at its end."""
+        if table == self.table:
+            return self.text
         body = self.text.strip()
         text = json.dumps(table, ensure_ascii=False, indent=2 if b"\n" in body else None)
         end = self.text[len(self.text.rstrip()) :].decode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,7 @@ class Wanted:
 
     def __post_init__(self) -> None:
         problems = [f"{token!r} {problem}" for token in self.tokens if (problem := _problem(token))]
-        problems += [
-            f"{token!r} is given twice" for token in dict.fromkeys(self.tokens) if self.tokens.count(token) > 1
-        ]
+        problems += [f"{token!r} is given {n} times" for token, n in Counter(self.tokens).items() if n > 1]
         if problems:
             raise UsageError("these cannot be added:" + "".join(f"\n  {p}" for p in problems))
         if not self.tokens:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
@@ -123,6 +124,15 @@ def test_a_model_whose_ids_are_taken_stays_and_that_is_told(console: Console, sl
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("<a>").input_ids[-1] == 385
 
 
+def test_a_model_that_counts_otherwise_stays_and_that_is_told(slow: Path, tmp_path: Path) -> None:
+    vocabulary = sentencepiece_model_pb2.ModelProto.FromString((both(slow) / MODEL).read_bytes())
+    vocabulary.pieces[300].piece, vocabulary.pieces[301].piece = (vocabulary.pieces[i].piece for i in (301, 300))
+    (slow / MODEL).write_bytes(vocabulary.SerializeToString())
+    extended = add_tokens(slow, tmp_path / "out", Wanted(("<a>",)))
+    assert "its ids are not those of tokenizer.json" in extended.notes[0]
+    assert MODEL not in extended.files
+
+
 def test_a_model_of_tiktoken_stays_and_that_is_told(fast: Path, tmp_path: Path) -> None:
     (fast / MODEL).write_text("IQ== 0\nIg== 1\n")
     extended = add_tokens(fast, tmp_path / "out", Wanted(("<a>",)))
@@ -196,7 +206,7 @@ def test_links_out_of_the_folder_are_not_followed(fast: Path, tmp_path: Path, na
         (SETTINGS, '{"added_tokens_decoder": {"0": "<s>"}}', "has no content"),
         (SETTINGS, '{"added_tokens_decoder": {"-1": {"content": "<s>"}}}', "expected a number from 0"),
         (SETTINGS, '{"added_tokens_decoder": {"400": {"content": "<x>"}}}', "goes on to 400"),
-        (SETTINGS, '{"a": "\\ud800"}', "half a character"),
+        (ADDED, '{"\\ud800": 0}', "half a character"),
         (ADDED, '{"<x>": "many"}', "expected a number from 0"),
         (ADDED, '{"<x>": true}', "expected a number from 0"),
         (ADDED, '{"<x>": 1e400}', "number"),

@@ -97,7 +97,7 @@ def test_tokens_without_a_text_are_refused(token: str, says: str) -> None:
 def test_all_that_is_wrong_with_the_wishes_is_listed() -> None:
     with pytest.raises(UsageError) as caught:
         Wanted(("<a>", "", "<a>", "\t"))
-    assert str(caught.value).splitlines()[1:] == ["  '' is empty", "  '\\t' is empty", "  '<a>' is given twice"]
+    assert str(caught.value).splitlines()[1:] == ["  '' is empty", "  '\\t' is empty", "  '<a>' is given 2 times"]
     with pytest.raises(UsageError, match="no tokens"):
         Wanted(())
 

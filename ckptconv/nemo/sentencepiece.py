@@ -8,6 +8,7 @@ from ckptconv.errors import FormatError
 
 MAX_BYTES = 64_000_000
 _PIECES = 1  # ModelProto.pieces; ModelProto.SentencePiece.piece has the same number
+_TRAINER = 2  # ModelProto.trainer_spec: always there, behind the pieces
 _VARINT, _EIGHT, _COUNTED, _FOUR = 0, 1, 2, 5
 
 
@@ -23,6 +24,8 @@ def pieces(data: bytes, where: object) -> tuple[str, ...]:
         found.append(texts[0].decode("utf-8", "replace"))
     if not found:
         raise FormatError(where, "has no pieces: it is no sentencepiece model")
+    if not any(True for _ in _counted(data, 0, len(data), _TRAINER, where)):
+        raise FormatError(where, f"has no description behind its {len(found)} pieces: truncated or damaged")
     return tuple(found)
 
 

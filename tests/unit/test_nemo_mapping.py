@@ -14,14 +14,12 @@ import pytest
 
 from ckptconv.canonicalize import canonicalize
 from ckptconv.checkpoint import Checkpoint, Extras, Key, Origin, Stored, Target
-from ckptconv.config import ModelConfig
 from ckptconv.dialect import detect
 from ckptconv.dtypes import DTYPES
 from ckptconv.errors import CoverageError, FormatError
-from ckptconv.huggingface.family_config import family_of, read_config
 from ckptconv.leaves import contiguous
 from ckptconv.localize import localize
-from ckptconv.mapping_files import families, load_mapping
+from ckptconv.mapping_files import load_mapping
 from ckptconv.megatron.architecture import Evidence, resolve
 from ckptconv.megatron.measure import LAYER, Measured, Names, measure
 from ckptconv.nemo import model_config, names
@@ -29,25 +27,14 @@ from ckptconv.source import Source
 from ckptconv.tensor import Shape, Tensor
 from ckptconv.topology import Rank, Topology, even
 from ckptconv.torch_bridge import to_torch
+from tests.unit.helpers.nemo_configs import FOLDER, nemo_of, source_of
 
-FOLDER = Path(__file__).parents[1] / "golden" / "nemo" / "configs"
 KEYS = json.loads((FOLDER / "keys.json").read_text())
 LEGACY = [case for case in KEYS if case.startswith("legacy")]
 DISTRIBUTED = [case for case in KEYS if case.startswith("mcore")]
 JOINED, APART = frozenset({"qkv_v2", "gate_joined"}), frozenset({"qkv_v2", "gate_apart"})
 SHAPES = dict[str, Shape]
 TWO = even(4, tp=2, etp=1)
-
-
-def model_of(case: str) -> ModelConfig:
-    """The model that an archive was made from, with as many rows as its embedding has."""
-    name = "llama_" + ("gqa" if "gqa" in case or "neva" in case else "mha") + ("_v392" if "v392" in case else "")
-    raw = json.loads((FOLDER / f"{name}.json").read_text())
-    return read_config(raw, name, family_of(raw, families()))
-
-
-def nemo_of(case: str) -> model_config.NemoConfig:
-    return model_config.read((FOLDER / f"{case}.yaml").read_bytes(), f"{case}.yaml")
 
 
 def stored_shapes(case: str) -> dict[tuple[int, int], SHAPES]:
@@ -99,14 +86,14 @@ def test_legacy_files_of_nemo_are_bound_name_for_name(case: str) -> None:
     checkpoint = canonicalize(stored)
     assert checkpoint.dropped == ("language_model.rotary_pos_emb.inv_freq",)
     ours = replace(checkpoint.config, vocab_rows=0, vocab=None, family="", raw={}, dtype=None)
-    assert ours == replace(model_of(case), vocab_rows=0, vocab=None, family="", raw={}, dtype=None)
+    assert ours == replace(source_of(case), vocab_rows=0, vocab=None, family="", raw={}, dtype=None)
     assert len(checkpoint.tensors) == 39  # as many as the Hugging Face file has
 
 
 @pytest.mark.parametrize("case", DISTRIBUTED)
 def test_distributed_files_of_nemo_are_megatron_cores_behind_a_prefix(case: str) -> None:
     (shapes,) = stored_shapes(case).values()
-    config = model_of(case)
+    config = source_of(case)
     dialect = detect([load_mapping("mcore-dist-stacked")], config, even(4), {Rank(): tensors(shapes)})
     checkpoint = canonicalize(Stored("nemo", *dialect, even(4), config, {Rank(): tensors(shapes)}, {}))
     assert len(checkpoint.tensors) == 39
@@ -114,7 +101,7 @@ def test_distributed_files_of_nemo_are_megatron_cores_behind_a_prefix(case: str)
 
 def test_a_llava_is_the_language_model_and_its_projector() -> None:
     (shapes,) = stored_shapes("neva_fin").values()
-    config = replace(model_of("neva_fin"), vocab_rows=512)
+    config = replace(source_of("neva_fin"), vocab_rows=512)
     held = {Rank(): tensors(shapes)}
     stored = Stored("nemo", load_mapping("mcore-dist-stacked"), frozenset({"norm_apart"}), even(4), config, held, {})
     with pytest.raises(CoverageError) as caught:
@@ -129,7 +116,7 @@ class Numbers:
     """A model whose weights are numbers, as Hugging Face names and lays them out: what NeMo holds is worked out from them by hand."""
 
     def __init__(self, folder: Path, **changes: object) -> None:
-        self.config = replace(model_of("legacy_mha_fp32_tp1"), vocab_rows=384, **changes)  # type: ignore[arg-type]
+        self.config = replace(source_of("legacy_mha_fp32_tp1"), vocab_rows=384, **changes)  # type: ignore[arg-type]
         vocabulary = load_mapping("nemo-legacy").vocabulary
         shapes = {name: atom.shape(self.config) for name, atom in vocabulary.expected(self.config)}
         ends = [0, *itertools.accumulate(map(math.prod, shapes.values()))]

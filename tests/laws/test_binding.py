@@ -69,7 +69,7 @@ def refused(mapping: str, shape: str, topology: str) -> bool:
     """What a dialect has no place for, or cannot cut."""
     if mapping == "mcore-dist-stacked":
         return shape == "mixed"
-    if mapping == "megatron-legacy":
+    if mapping in ("megatron-legacy", "nemo-legacy"):
         return shape in ("moe", "mixed", "qk_norm") or topology == "tp8"
     if mapping.startswith("hf-"):
         moe, norms = mapping == "hf-mixtral", mapping == "hf-qwen3"

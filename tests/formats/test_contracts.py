@@ -70,7 +70,10 @@ MAPPINGS: dict[str, dict[str, Any]] = {
         "refuses": ("tp8",),
         "told_by_names": False,
     },
+    "nemo-mcore": {"layouts": ("whole", "tp2", "tp4-ep2-etp1")},
+    "nemo-mcore-local": {"layouts": ("whole", "tp2", "tp4-ep2-etp1")},
 }
+MAPPINGS["nemo-legacy"] = MAPPINGS["megatron-legacy"]
 for _name in mapping_paths():
     globals()[f"Test_{_name}"] = type(
         f"Test_{_name}", (MappingContract,), {"mapping": _name, **MAPPINGS.get(_name, {}), "__module__": __name__}

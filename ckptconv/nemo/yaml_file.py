@@ -18,8 +18,8 @@ MAX_WORD = 256
 _CORE = "tag:yaml.org,2002:"
 _PLAIN = {_CORE + name for name in ("str", "int", "float", "bool", "null")}
 # numbers such as 1e-5: YAML 1.1 calls them text, OmegaConf (and everybody who writes them) numbers
-_EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-_DIGITS = list("-+.0123456789")
+_EXPONENT = re.compile(r"[-+]?\d[\d_]*(?:\.[\d_]*)?[eE][-+]?\d+$")
+_DIGITS = list("-+0123456789")
 _REFERENCE = re.compile(r"\$\{([^${}]*)\}")
 _PATH = re.compile(r"(\.*)([\w-]+(?:\.[\w-]+)*)$")
 
@@ -212,8 +212,8 @@ class _Resolver:
 
     def word(self, reference: str, text: str, path: tuple[str, ...], hops: int) -> str:
         value = self.target(reference, text, path, hops)
-        if not isinstance(value, (str, int)) or len(str(value)) > MAX_WORD:
-            raise self.refusal(text, path, f"{reference} is no word or whole number to put into a text")
+        if value is None or isinstance(value, (dict, list)) or len(str(value)) > MAX_WORD:
+            raise self.refusal(text, path, f"{reference} is no word or number to put into a text")
         return str(value)
 
     def target(self, reference: str, text: str, path: tuple[str, ...], hops: int) -> object:

@@ -70,6 +70,15 @@ def test_yaml_that_is_not_plain_data_gives_one_error(what: str) -> None:
     assert len(str(caught.value)) < 600
 
 
+def test_plain_values_are_those_of_omegaconf() -> None:
+    """As OmegaConf 2.3 reads the same text."""
+    text = b"a: 1e-5\nb: 1e5\nc: 3.e2\nd: .5e3\ne: 1:30\nf: 0x1F\ng: 017\nh: yes\ni: 1_000\nj: ~\nk: -.inf\nl: 1e\nm: x-${a}-${h}"
+    assert yaml_file.resolved(yaml_file.read(text, "x"), (), "x") == {
+        "a": 1e-5, "b": 1e5, "c": 300.0, "d": ".5e3", "e": 90, "f": 31, "g": 15, "h": True, "i": 1000, "j": None,
+        "k": float("-inf"), "l": "1e", "m": "x-1e-05-True",
+    }  # fmt: skip
+
+
 def test_an_alias_is_what_it_stands_for() -> None:
     assert yaml_file.read(b"a: &x [1, {b: 2}]\nc: *x", "x") == {"a": [1, {"b": 2}], "c": [1, {"b": 2}]}
 

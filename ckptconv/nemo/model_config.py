@@ -17,8 +17,14 @@ COPIED = (  # the same word for the same thing in Megatron's args
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "layernorm_epsilon", "qk_layernorm", "window_size",
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "expert_model_parallel_size",
     "make_vocab_size_divisible_by", "position_embedding_type", "moe_router_topk", "moe_router_pre_softmax", "moe_ffn_hidden_size",
-    "moe_layer_freq",
+    "moe_layer_freq", "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
 )  # fmt: skip
+ENDS = {  # stages of other sizes at the ends: Megatron-Core's names until 0.9 and since
+    "first_pipeline_num_layers": "decoder_first_pipeline_num_layers",
+    "last_pipeline_num_layers": "decoder_last_pipeline_num_layers",
+    "num_layers_in_first_pipeline_stage": "decoder_first_pipeline_num_layers",
+    "num_layers_in_last_pipeline_stage": "decoder_last_pipeline_num_layers",
+}
 NORMS = {"layernorm": "LayerNorm", "LayerNorm": "LayerNorm", "rmsnorm": "RMSNorm", "RMSNorm": "RMSNorm"}
 GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}  # each also as fast-, with gate and up in one tensor
 PLAIN = ("gelu", "squared-relu")
@@ -142,6 +148,7 @@ def _refuse(raw: Dict[str, object], where: str) -> None:
 
 def _args(raw: Dict[str, object], where: str, plain_rope: bool) -> tuple[dict[str, object], tuple[str, ...]]:
     args = {key: raw[key] for key in (*COPIED, *UNSUPPORTED) if key in raw}
+    args |= {theirs: raw[ours] for ours, theirs in ENDS.items() if raw.get(ours) is not None}
     args |= _attention(raw) | _block(raw, where)
     length = raw.get("max_position_embeddings") or raw.get("encoder_seq_length")
     if length is not None:

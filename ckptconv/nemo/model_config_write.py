@@ -12,7 +12,7 @@ from ckptconv.errors import ConfigError
 from ckptconv.megatron.args_read import llama3_scaling
 from ckptconv.megatron.args_table import layer_freq
 from ckptconv.nemo import yaml_file
-from ckptconv.nemo.model_config import GATED
+from ckptconv.nemo.model_config import ENDS, GATED
 from ckptconv.nemo.settings import SETTINGS, TOKENIZER
 from ckptconv.topology import Topology
 
@@ -166,6 +166,7 @@ def _layout(topology: Topology) -> dict[str, object]:
         "tensor_model_parallel_size": topology.tp,
         "pipeline_model_parallel_size": topology.pp,
         "virtual_pipeline_model_parallel_size": None,
+        **dict.fromkeys((*ENDS, "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")),
     }
 
 

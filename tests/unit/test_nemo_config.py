@@ -61,6 +61,12 @@ def test_layout_and_form_are_read(case: str, tp: int, pp: int, dtype: str, mcore
     assert nemo.args["make_vocab_size_divisible_by"] == (8 if "v392" in case else 128)
 
 
+@pytest.mark.parametrize("first", ["first_pipeline_num_layers", "num_layers_in_first_pipeline_stage"])
+def test_stages_of_other_sizes_are_read(first: str) -> None:
+    uneven = small(num_layers=8, pipeline_model_parallel_size=3, **{first: 2})
+    assert model_config.statement(uneven, None).layout.counts == [[2, 3, 3]]
+
+
 def test_what_a_file_does_not_say_is_not_made_up() -> None:
     """But for what NeMo itself takes where the file is silent: shared embeddings, base 10000, as many groups as heads."""
     stated = fields()

@@ -170,7 +170,8 @@ class Measured(NamedTuple):
 def converted(case: str, source: Path, dst: Path, memory: int) -> Measured:
     started = time.perf_counter()
     command = [sys.executable, __file__, "--child", case, str(source), str(dst), str(memory)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    usual = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=usual)
     seconds, peak = json.loads(done.stdout)
     return Measured(seconds, time.perf_counter() - started, peak)
 

@@ -32,6 +32,8 @@ class Leaf:
     whole: Shape
 
     def pick(self, tensor: Tensor) -> Tensor:
+        if tensor.shape == self.shape == self.whole:
+            return tensor
         for axis, (lo, n) in enumerate(zip(self.offset, self.shape, strict=True)):
             tensor = tensor.narrow(axis, lo, lo + n)
         return tensor

@@ -6,8 +6,6 @@ from collections.abc import Mapping as Dict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from ckptconv.checkpoint import Extras, Stored
 from ckptconv.config import ModelConfig
 from ckptconv.containers import tar_write, torch_write
@@ -24,17 +22,17 @@ from ckptconv.nemo import artifacts, model_config, sentencepiece
 from ckptconv.nemo.loading import DISTRIBUTED, MAX_TOKENIZER, TOKENIZER, WEIGHTS, content
 from ckptconv.nemo.model_config_write import DIVISOR, Form, Tokenizer, write
 from ckptconv.nemo.names import NEMO1
+from ckptconv.nemo.rope_buffer import NAME as FREQUENCIES
+from ckptconv.nemo.rope_buffer import inverse_frequencies
 from ckptconv.nodes import concat
 from ckptconv.plan import File, Plan, Segment
 from ckptconv.source import Source, whole
-from ckptconv.tensor import Tensor
 from ckptconv.topology import Rank
 
 LIBRARY = {
     "library": "sentencepiece", "type": None, "vocab_file": None, "merge_file": None, "delimiter": None, "sentencepiece_legacy": False,
 }  # fmt: skip
 LAST_NORM = "decoder.final_layernorm._extra_state/shard_0_1"  # NeMo's files have one; a model without it loads them all the same
-INV_FREQ = "language_model.rotary_pos_emb.inv_freq"
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +148,6 @@ def _with_frequencies(flat: Dict[str, object], config: ModelConfig) -> dict[str,
     """The buffer that NeMo's legacy models demand, behind the embedding."""
     first = {name: value for name, value in flat.items() if name.startswith("language_model.embedding.")}
     rest = {name: value for name, value in flat.items() if name not in first}
-    return {**first, INV_FREQ: _frequencies(config), **rest}
-
-
-def _frequencies(config: ModelConfig) -> Tensor:
-    """One for each pair of a head's rotated rows, worked out as Megatron does, in fp32."""
-    assert config.rope is not None
-    size = int(config.head_dim * config.rope.percent)
-    steps = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
-    values = np.float32(1) / np.float32(config.rope.base) ** steps
-    return concat([full((1,), FP32, float(value)) for value in values], 0)
+    values = inverse_frequencies(config)
+    assert values is not None
+    return {**first, FREQUENCIES: concat([full((1,), FP32, float(value)) for value in values], 0), **rest}

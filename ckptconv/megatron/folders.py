@@ -82,7 +82,7 @@ def looks_like(path: Path, holds: Callable[[Path], bool]) -> bool:
     """Whether `path` is an iteration that `holds`, or has one, judged by names alone."""
     try:
         return holds(path) or any(holds(folder) for folder in _iterations(path).values())
-    except (OSError, FormatError):
+    except OSError:
         return False
 
 

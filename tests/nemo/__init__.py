@@ -1,0 +1,1 @@
+"""The format nemo against NeMo's own files, Megatron-Core, and damage."""

@@ -75,7 +75,8 @@ def is_distributed(folder: Path) -> bool:
 
 def is_plain(folder: Path) -> bool:
     """Whether torch alone wrote a distributed checkpoint: nothing of Megatron-Core's lies beside `.metadata`."""
-    return (folder / DISTRIBUTED[0]).exists() and not any((folder / name).exists() for name in MEGATRONS)
+    theirs = has_ranks(folder) or any((folder / name).exists() for name in MEGATRONS)
+    return (folder / DISTRIBUTED[0]).exists() and not theirs
 
 
 def looks_like(path: Path, holds: Callable[[Path], bool]) -> bool:

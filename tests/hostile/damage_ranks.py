@@ -238,7 +238,7 @@ TRACKER_CASES: list[Case] = [
         {
             "renamed": (moved(ITERATION, "iter_0000002"), "iter_0000002"),
             "empty": (remove(*(rank_dir(p, t) for p, t in RANKS)), "source"),
-            "distributed": (text(f"{ITERATION}/.metadata", ""), "distributed"),
+            "distributed": (text(f"{ITERATION}/.metadata", ""), "mcore-dist"),
         },
     ),
     *cases(

@@ -96,7 +96,8 @@ def load(path: Path, opened: Opened, config: Path | None, request: Request, form
     files = {**stored.extras.files, **({TOKENIZER: opened.tokenizer} if opened.tokenizer else {})}
     objects = {**stored.extras.objects, "nemo": nemo.raw}
     notes = (*nemo.notes, *stored.extras.notes)
-    return replace(stored, extras=replace(stored.extras, files=files, objects=objects, notes=notes))
+    extras = replace(stored.extras, files=files, objects=objects, notes=notes)
+    return replace(stored, config=replace(stored.config, dtype=nemo.dtype), extras=extras)
 
 
 def _contents(where: str, files: Dict[str, Source]) -> Contents:

@@ -17,7 +17,7 @@ from ckptconv.plan import File, Plan
 from ckptconv.source import Source
 from ckptconv.tensor import Tensor
 from ckptconv.testing.format_base import FormatBase, refusal
-from ckptconv.testing.workbench import Bench, changed, payload, write_hollow
+from ckptconv.testing.workbench import Bench, changed, payload, place, write_hollow
 from ckptconv.topology import Rank
 
 FLIPS = 60  # damaged headers tried in one test
@@ -51,31 +51,32 @@ class DamageContract(FormatBase):
     def test_missing_weight_file_is_refused(self, bench: Bench) -> None:
         _, plan, folder = self._written(bench)
         for file in _weight_files(plan):
-            data = (folder / file.path).read_bytes()
-            (folder / file.path).unlink()
+            data = place(plan, folder, file.path).read_bytes()
+            place(plan, folder, file.path).unlink()
             assert refusal(bench, folder), f"{file.path} is gone and nobody noticed"
-            (folder / file.path).write_bytes(data)
+            place(plan, folder, file.path).write_bytes(data)
         assert refusal(bench, folder) is None
 
     @pytest.mark.parametrize("left", ["nothing", "half", "all but a byte"])
     def test_truncated_weight_file_is_refused(self, bench: Bench, left: str) -> None:
         _, plan, folder = self._written(bench)
         for file in _weight_files(plan):
-            data = (folder / file.path).read_bytes()
+            data = place(plan, folder, file.path).read_bytes()
             size = {"nothing": 0, "half": len(data) // 2, "all but a byte": len(data) - 1}[left]
-            (folder / file.path).write_bytes(data[:size])
-            assert refusal(bench, folder), f"{file.path} has {size} of {len(data)} bytes and nobody noticed"
-            (folder / file.path).write_bytes(data)
+            place(plan, folder, file.path).write_bytes(data[:size])
+            padding = plan.single and not any(data[size:])  # zeros that fill the last record of an archive
+            assert padding or refusal(bench, folder), f"{file.path} has {size} of {len(data)} bytes and nobody noticed"
+            place(plan, folder, file.path).write_bytes(data)
 
     def test_garbage_in_place_of_a_weight_file_is_refused(self, bench: Bench) -> None:
         _, plan, folder = self._written(bench)
         file = _weight_files(plan)[0]
-        (folder / file.path).write_bytes(random.Random(0).randbytes(file.size))
+        place(plan, folder, file.path).write_bytes(random.Random(0).randbytes(file.size))
         assert refusal(bench, folder)
 
     def test_folder_in_place_of_a_weight_file_is_refused(self, bench: Bench) -> None:
         _, plan, folder = self._written(bench)
-        path = folder / _weight_files(plan)[0].path
+        path = place(plan, folder, _weight_files(plan)[0].path)
         path.unlink()
         path.mkdir()
         assert refusal(bench, folder)
@@ -131,13 +132,13 @@ class DamageContract(FormatBase):
         write_hollow(plan, folder)
         assert refusal(bench, folder) is None
         for path, at, bit in _flips(plan):
-            with (folder / path).open("r+b") as file:
+            with place(plan, folder, path).open("r+b") as file:
                 file.seek(at)
                 before = file.read(1)
                 file.seek(at)
                 file.write(bytes([before[0] ^ bit]))
             refusal(bench, folder)
-            with (folder / path).open("r+b") as file:
+            with place(plan, folder, path).open("r+b") as file:
                 file.seek(at)
                 file.write(before)
 

@@ -111,11 +111,16 @@ def _reads_weights(tensor: Tensor) -> bool:
     return any(move.source is not None and Path(move.source.path).name == WEIGHTS for move in tensor.lower())
 
 
+def place(plan: Plan, dst: Path, path: str) -> Path:
+    """Where a file of the plan is: in the folder `dst`, or `dst` itself."""
+    return dst if plan.single else dst / path
+
+
 def write_hollow(plan: Plan, dst: Path) -> None:
     """The plan's files with a hole wherever a weight should be: headers, sizes and side files are right."""
     weights = {(file.path, segment.offset) for file, segment in payload(plan)}
     for file in plan.files:
-        path = dst / file.path
+        path = place(plan, dst, file.path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as out:
             out.truncate(file.size)
@@ -134,13 +139,15 @@ def _bytes(body: Tensor | bytes | Late) -> bytes:
 def erase_payload(plan: Plan, dst: Path) -> None:
     """Every weight of a written result overwritten with zeros."""
     for file, segment in payload(plan):
-        with (dst / file.path).open("r+b") as out:
+        with place(plan, dst, file.path).open("r+b") as out:
             out.seek(segment.offset)
             out.write(bytes(segment.nbytes))
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
+    """Every file below a folder; of a file, itself."""
+    if folder.is_file():
+        return {"": folder.read_bytes()}
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 

@@ -250,6 +250,7 @@ def test_formats(console: Console) -> None:
         ("mcore", ["core", "megatron-core"], "built-in"),
         ("mcore-dist", ["torch_dist", "torch-dist", "zarr"], "built-in"),
         ("legacy", ["megatron"], "built-in"),
+        ("nemo", ["nemo1"], "built-in"),
         ("dcp", ["torch-dcp", "fsdp"], "built-in"),
     ]
     assert "legacy (megatron): Megatron-LM before Megatron-Core" in console("formats").out

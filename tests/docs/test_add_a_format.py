@@ -28,7 +28,8 @@ def test_plugin_is_listed_with_its_options(plugin: Path, run: Callable[..., Any]
     listed = json.loads(run("ckptconv", "formats", "--json", plugins=(plugin,)).stdout)
     (row,) = [r for r in listed if r["name"] == "npy"]
     assert row["origin"] == "plug-in ckptconv-npy 0.1.0"
-    assert [r["name"] for r in listed if r["origin"] == "built-in"] == ["hf", "mcore", "mcore-dist", "legacy", "dcp"]
+    built_in = [r["name"] for r in listed if r["origin"] == "built-in"]
+    assert built_in == ["hf", "mcore", "mcore-dist", "legacy", "nemo", "dcp"]
     shown = run("ckptconv", "formats", "npy", plugins=(plugin,)).stdout
     assert "--saver.indent" in shown
     assert "spaces of indentation" in shown

@@ -11,6 +11,7 @@ from ckptconv.formats.hf import Hf
 from ckptconv.formats.legacy import Legacy
 from ckptconv.formats.mcore import Mcore
 from ckptconv.formats.mcore_dist import McoreDist
+from ckptconv.formats.nemo import Nemo
 from ckptconv.mapping_files import mapping_paths
 from ckptconv.registry import BUILT_IN, formats
 from ckptconv.testing import FormatContract, MappingContract
@@ -58,6 +59,17 @@ class TestMcoreDist(FormatContract):
     )
 
 
+class TestNemo(FormatContract):
+    """Over tensor ranks the vocabulary is padded, and its true size is the tokenizer's, which models here lack: see tests/nemo."""
+
+    format = Nemo()
+    models = ("llama", "llama-tied", "qwen2", "qwen3", "mixtral")
+    topologies = ({}, {"pp": 2}, {"pp": 4})
+    refuses = ({"tp": 3}, {"pp": 3}, {"ep": 2})
+    options = ({}, {"weights": "ranks", "transformer-impl": "local"}, {"backend": "zarr"}, {"pack": "false"})
+    to_hf = False  # a Hugging Face family cannot be told from an archive
+
+
 ALIKE = tuple(name for name in SHAPES if name != "moe-some-layers")
 MAPPINGS: dict[str, dict[str, Any]] = {
     "mcore-dist": {"layouts": ("whole", "tp2"), "refuses": ("tp2",)},
@@ -81,7 +93,7 @@ for _name in mapping_paths():
 
 
 def test_every_built_in_format_has_its_contract() -> None:
-    held = {c.format.name for c in (TestHf, TestMcore, TestMcoreDist, TestLegacy)}
+    held = {c.format.name for c in (TestHf, TestMcore, TestMcoreDist, TestLegacy, TestNemo)}
     read_only = {name for name, (_, fmt) in formats().items() if isinstance(fmt, ReadOnly)}
     assert read_only == {"dcp"}, "what is only read has tests of its own: test_dcp_format.py"
     assert (

@@ -84,10 +84,14 @@ def load(path: Path, opened: Opened, config: Path | None, request: Request, form
     """Describe the checkpoint from the headers of its members."""
     nemo, archive = opened.config, opened.archive
     tokens = content(opened.tokenizer, f"{path}!{TOKENIZER}", MAX_TOKENIZER) if opened.tokenizer else None
-    said = model_config.statement(nemo, request.vocab or model_config.vocabulary(nemo, tokens))
+    said = model_config.statement(nemo, request.vocab or model_config.vocabulary(nemo, tokens, f"{path}!{TOKENIZER}"))
     beside = hf_beside.find(config, None, request)
     inside = {n.removeprefix(DISTRIBUTED): s for n, s in archive.members.items() if n.startswith(DISTRIBUTED)}
+    forms = _forms(archive)
+    if len(forms) > 1:
+        raise FormatError(path, f"holds the weights in more than one form: {' and '.join(forms)}; which of them count?")
     if inside:
+        _check_kind(nemo, legacy=False)
         said = replace(said, layout=replace(said.layout, counts=None), rows=None)
         stored = from_whole(_contents(f"{path}!{DISTRIBUTED}", inside), said, beside, request, str(path), format_name)
     else:
@@ -98,6 +102,25 @@ def load(path: Path, opened: Opened, config: Path | None, request: Request, form
     notes = (*nemo.notes, *stored.extras.notes)
     extras = replace(stored.extras, files=files, objects=objects, notes=notes)
     return replace(stored, config=replace(stored.config, dtype=nemo.dtype), extras=extras)
+
+
+def _forms(archive: Tar) -> list[str]:
+    """The ways in which weights are filed here; an archive has one."""
+    found = [match for name in archive.members if (match := RANKS.fullmatch(name))]
+    forms = {
+        f"{DISTRIBUTED} (distributed)": any(name.startswith(DISTRIBUTED) for name in archive.members),
+        WEIGHTS: any(match.lastindex is None for match in found),
+        f"mp_rank_XX/{WEIGHTS}": any(match[1] for match in found),
+        f"tp_rank_XX_pp_rank_XXX/{WEIGHTS}": any(match[2] for match in found),
+    }
+    return [form for form, there in forms.items() if there]
+
+
+def _check_kind(nemo: NemoConfig, *, legacy: bool) -> None:
+    """Where the configuration says which of NeMo's models it is for, the names of the tensors are that one's."""
+    if nemo.mcore is legacy:
+        told, found = ("true", "legacy models") if legacy else ("false", "Megatron-Core models")
+        raise FormatError(nemo.where, f"says mcore_gpt: {told}, yet the tensors have the names of {found}; correct one")
 
 
 def _contents(where: str, files: Dict[str, Source]) -> Contents:
@@ -162,7 +185,9 @@ def _without(prefix: str, name: str) -> str:
 
 def _kind(contents: list[RankContent], nemo: NemoConfig, request: Request, format_name: str) -> Kind:
     """Which of NeMo's models the names are of."""
-    if any(name.startswith("language_model.") for name in contents[0].chunks[0]):
+    is_legacy = any(name.startswith("language_model.") for name in contents[0].chunks[0])
+    _check_kind(nemo, legacy=is_legacy)
+    if is_legacy:
         legacy = (chosen("nemo-legacy", request.mappings),)
         return Kind(format_name, legacy, LEGACY, lambda _: nemo.variant, joined_gates)
     core = (chosen("nemo-mcore", request.mappings), chosen("nemo-mcore-local", request.mappings))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from collections.abc import Mapping as Dict
 from dataclasses import dataclass, replace
 from functools import partial
@@ -93,9 +94,12 @@ def load(path: Path, opened: Opened, config: Path | None, request: Request, form
     if inside:
         _check_kind(nemo, legacy=False)
         said = replace(said, layout=replace(said.layout, counts=None), rows=None)
-        stored = from_whole(_contents(f"{path}!{DISTRIBUTED}", inside), said, beside, request, str(path), format_name)
+        held = _contents(f"{path}!{DISTRIBUTED}", inside)
+        _refuse_without_language_model(nemo, held.shapes, path)
+        stored = from_whole(held, said, beside, request, str(path), format_name)
     else:
         contents = _ranks(path, archive)
+        _refuse_without_language_model(nemo, [name for rank in contents for name in rank.chunks[0]], path)
         stored = from_ranks(contents, said, beside, request, _kind(contents, nemo, request, format_name), path)
     files = {**stored.extras.files, **({TOKENIZER: opened.tokenizer} if opened.tokenizer else {})}
     objects = {**stored.extras.objects, "nemo": nemo.raw}
@@ -121,6 +125,16 @@ def _check_kind(nemo: NemoConfig, *, legacy: bool) -> None:
     if nemo.mcore is legacy:
         told, found = ("true", "legacy models") if legacy else ("false", "Megatron-Core models")
         raise FormatError(nemo.where, f"says mcore_gpt: {told}, yet the tensors have the names of {found}; correct one")
+
+
+def _refuse_without_language_model(nemo: NemoConfig, names: Collection[str], path: Path) -> None:
+    """NeVA saves what it trained: often its projector alone."""
+    if nemo.multimodal and not any(name.endswith("word_embeddings.weight") for name in names):
+        listed = "".join(f"\n  {name}" for name in sorted(names))
+        raise FormatError(
+            path,
+            f"is an image model (NeVA) saved without its language model, which is not supported yet; it holds{listed}",
+        )
 
 
 def _contents(where: str, files: Dict[str, Source]) -> Contents:

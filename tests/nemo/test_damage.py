@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import ckptconv
 from ckptconv.testing.checkpoints import write_hf
@@ -158,3 +160,19 @@ def test_legacy_model_of_grouped_queries_is_refused_as_nemo_does(tmp_path: Path)
     with pytest.raises(ckptconv.CkptconvError, match="quer"):
         convert(tmp_path / "hf", tmp_path / "out.nemo", saver="nemo", saver_options={"mcore_gpt": "false"})
     assert not (tmp_path / "out.nemo").exists()
+
+
+def test_image_model_without_its_language_model_is_named_and_listed(archive: Archive, tmp_path: Path) -> None:
+    """As NeVA saves it when the language model is frozen: the projector alone."""
+    first = "model.embedding.word_embeddings.adapter_layer.mm_projector_adapter.mm_projector."
+    weights = io.BytesIO()
+    torch.save({first + name: torch.zeros(4) for name in ("0.bias", "2.bias")}, weights)
+    config = (Path(__file__).parents[1] / "golden" / "nemo" / "configs" / "neva_pre.yaml").read_bytes()
+    files = {n: data for n, data in contents(archive(TORCH_DIST)).items() if n.endswith("tokenizer.model")}
+    ((_, tokenizer),) = files.items()
+    name = re.findall(r"nemo:(\w+\.model)", config.decode())[0]
+    source = packed({name: tokenizer, CONFIG: config, "model_weights.ckpt": weights.getvalue()}, tmp_path / "x.nemo")
+    problem = refused(source, tmp_path / "work")
+    assert "NeVA" in problem
+    assert "mm_projector.0.bias" in problem
+    assert "mm_projector.2.bias" in problem

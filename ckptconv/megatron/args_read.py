@@ -67,10 +67,9 @@ class Statement:
 
 
 def statement(args: Args, where: str) -> Statement:
-    """Args as a statement; models we do not support are refused."""
+    """Args as a statement about the model; one that we do not support is refused."""
     refuse_unsupported(args, where)
-    vocab, rows = args.get("vocab_size"), args.get("padded_vocab_size")
-    return Statement(where, model_fields(args, where), layout(args, where), vocab, rows)
+    return Statement(where, model_fields(args, where), vocab=args.get("vocab_size"), rows=args.get("padded_vocab_size"))
 
 
 def refuse_unsupported(args: Args, where: str) -> None:

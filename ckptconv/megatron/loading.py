@@ -14,7 +14,7 @@ from ckptconv.formats import Request
 from ckptconv.mapping import Mapping
 from ckptconv.megatron import hf_beside
 from ckptconv.megatron.architecture import ADVICE, Evidence, resolve
-from ckptconv.megatron.args_read import ArgsLayout, Statement, statement
+from ckptconv.megatron.args_read import ArgsLayout, Statement, layout, statement
 from ckptconv.megatron.folders import has_ranks, looks_like, open_ranks
 from ckptconv.megatron.grid import Grid, check_processes, make_grid, shared_args
 from ckptconv.megatron.measure import LAYER, Measured, Names, measure
@@ -43,7 +43,10 @@ def load(path: Path, config: Path | None, request: Request, kind: Kind) -> Store
     iteration = found.iteration
     contents = [read_rank(file, request.check, kind.mappings[0].rename) for file in found.files]
     args = shared_args(contents, iteration.folder)
-    said = statement(args, f"{iteration.folder.name} args") if args is not None else None
+    said = None
+    if args is not None:
+        said = statement(args, f"{iteration.folder.name} args")
+        said = replace(said, layout=layout(args, said.where))
     stored = from_ranks(contents, said, hf_beside.find(config, iteration.hf, request), request, kind, iteration.folder)
     state = [*stored.extras.state, *(f"distributed optimizer ({name})" for name in found.optimizer)]
     step = contents[0].iteration if iteration.step is None else iteration.step

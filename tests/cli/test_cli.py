@@ -36,6 +36,9 @@ COMMANDS = {
     "verify": f"--loader-a --loader-b {SOURCE} {OUTPUT}",
     "formats": "--json",
     "families": "--json",
+    "tokenizer": "",
+    "tokenizer add-tokens": "--tokens-file --control --checkpoint --vocab-rows --init --vocab-size --memory --force "
+    + OUTPUT,
     "demo": "",
 }
 

@@ -37,7 +37,7 @@ FLAGS = {
     "unknown command": wrong("konvert SRC OUT", 2, "konvert"),
     "unknown saver": wrong("convert SRC OUT --saver safetensors", 2, "safetensors", "hf (", "mcore (", "legacy ("),
     "unknown loader": wrong("convert SRC OUT --saver hf --loader bin", 2, "bin", "hf (", "mcore ("),
-    "unknown format": wrong("formats nemo", 2, "nemo", "hf (", "mcore ("),
+    "unknown format": wrong("formats gguf", 2, "gguf", "hf (", "mcore ("),
     "unknown family": wrong(TO_MCORE + "--family bert", 2, "bert", "hf-llama", "hf-mixtral"),
     "unknown family of ranks": wrong(TO_HF + "--family bert", 2, "bert", "hf-llama", "hf-mixtral"),
     "unknown family listed": wrong("families bert", 2, "bert", "hf-llama", "mcore"),

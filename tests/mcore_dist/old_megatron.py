@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -41,7 +42,11 @@ def install() -> None:
     draft = place.with_name(f"{place.name}.{os.getpid()}")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
     subprocess.run([*pip, "--target", draft, "--requirement", NEEDS], check=True, capture_output=True, text=True)
-    draft.rename(place)
+    try:
+        draft.rename(place)
+    except OSError:  # another process of this run was quicker
+        shutil.rmtree(draft)
+        assert place.is_dir()
 
 
 @dataclass(frozen=True)

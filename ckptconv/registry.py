@@ -78,8 +78,9 @@ def make_options(kind: type, values: Dict[str, object], flag: str, name: str) ->
 
 
 def switches(kind: type) -> set[str]:
-    """The options of yes or no."""
-    return {name for name, hint in get_type_hints(kind).items() if hint is bool}
+    """The options that are off until they are named: they need no value."""
+    hints = get_type_hints(kind)
+    return {f.name for f in fields(kind) if hints[f.name] is bool and f.default is False}
 
 
 def _read(hint: object, value: object, flag: str) -> object:

@@ -10,7 +10,6 @@ from ckptconv.checkpoint import Checkpoint
 from ckptconv.errors import UsageError
 from ckptconv.formats.mcore_dist import LAYERS, McoreDist, McoreDistSave, args_of
 from ckptconv.megatron.args_write import PLAIN
-from ckptconv.megatron.dist_loading import TORCH_DIST
 from ckptconv.pipeline import Job, Prepared, prepare
 
 ERAS = {
@@ -36,8 +35,8 @@ def prepare_upgrade(job: Job) -> tuple[Prepared, list[str]]:
 
 def _changes(prepared: Prepared, args: Dict[str, object]) -> Iterator[str]:
     checkpoint, stored = prepared.checkpoint, prepared.stored
-    origin = checkpoint.origin
-    yield f"format: {ERAS[origin.format]} ({_form(checkpoint)}) -> {ERAS[McoreDist.name]} ({TORCH_DIST}, {_layers(stored.mapping.name)})"
+    origin, backend = checkpoint.origin, args["ckpt_format"]
+    yield f"format: {ERAS[origin.format]} ({_form(checkpoint)}) -> {ERAS[McoreDist.name]} ({backend}, {_layers(stored.mapping.name)})"
     if origin.mapping != stored.mapping.name:
         renamed = len({key.name for tensors in stored.ranks.values() for key in tensors})
         yield f"names: of {origin.mapping} -> of {stored.mapping.name} ({renamed} tensors)"

@@ -100,8 +100,8 @@ def _interpret(where: str, files: Files) -> tuple[Dcp, list[str]]:
     return Dcp(where, tensors, objects, told.reformulated, tuple(_unused(files, ranges))), problems
 
 
-def tensors(dcp: Dcp, keys: Collection[str] | None = None) -> dict[str, Tensor]:
-    """Lazy tensors by key, all or those named. The headers of their blobs are read and checked, the data is not."""
+def tensors(dcp: Dcp, keys: Collection[str] | None = None, *, check: bool = False) -> dict[str, Tensor]:
+    """Lazy tensors by key, all or those named. The headers of their blobs are read and checked, the data with `check` alone."""
     entries = {key: dcp.tensors[key] for key in (dcp.tensors if keys is None else keys)}
     wanted = (
         dcp_blobs.Blob(chunk.item, entry.dtype, chunk.shape, key)
@@ -110,7 +110,7 @@ def tensors(dcp: Dcp, keys: Collection[str] | None = None) -> dict[str, Tensor]:
     )
     problems: list[str] = []
     with no_collecting():
-        found = dcp_blobs.tensors(wanted, problems)
+        found = dcp_blobs.tensors(wanted, problems, check=check)
         fail(dcp.where, problems)
         return {key: _assembled(entry, found) for key, entry in entries.items()}
 

@@ -62,7 +62,7 @@ class Dcp(ReadOnly):
             raise ConfigError(
                 f"{beside.where}: {told} layers, but {iteration.folder} holds only {count} tensors of a model"
             )
-        stored = dcp.tensors(found, keys.model.values())
+        stored = dcp.tensors(found, keys.model.values(), check=request.check)
         tensors = {name: stored[key] for name, key in keys.model.items()}
         config = with_rows(beside.config, tensors, mapping, request.vocab, beside.where)
         topology = even(config.layers)

@@ -10,7 +10,7 @@ from pathlib import Path
 from ckptconv.checkpoint import Extras, Key, Stored
 from ckptconv.containers import dcp, json_file, torch_file, zarr2
 from ckptconv.dialect import detect
-from ckptconv.errors import FormatError
+from ckptconv.errors import FormatError, UsageError
 from ckptconv.formats import Request
 from ckptconv.mapping_files import chosen
 from ckptconv.megatron import hf_beside
@@ -30,12 +30,13 @@ BLOB = 2048  # bytes; a blob with nothing in it takes 1.1 to 1.5 kB
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What a backend found: shapes and objects by key, and how to get at them."""
+    """What a backend found: shapes and objects by key, how to get at them, and (`unused`) bytes that are neither."""
 
     shapes: Dict[str, Shape]
     objects: Dict[str, int]  # key -> bytes
     tensors: Callable[[list[str]], dict[str, Tensor]]
     value: Callable[[str], object]
+    unused: tuple[str, ...] = ()
 
 
 FORMS = {True: ("mcore-dist", "mcore-dist-singleton"), False: ("mcore-dist-stacked",)}  # by whether layers have names
@@ -45,7 +46,12 @@ def load(path: Path, config: Path | None, request: Request, format_name: str, za
     """Describe the checkpoint from its metadata and the headers of its blobs."""
     iteration = open_distributed(path, request.iteration)
     folder = iteration.folder
-    contents = _zarr(folder, zarr_missing) if backend(folder) == ZARR else _torch_dist(folder)
+    if backend(folder) == ZARR:
+        contents = of_zarr(zarr2.read(folder), missing=zarr_missing)
+    elif zarr_missing != "fill":
+        raise UsageError(f"--loader.zarr-missing {zarr_missing}: {folder} is no zarr checkpoint")
+    else:
+        contents = of_torch_dist(dcp.read(folder), check=request.check)
     common, place = _common(folder, contents)
     args = args_of(common, folder / place)
     said = statement(args, f"{place} args") if args is not None else None
@@ -83,7 +89,7 @@ def from_whole(
     ranks = {Rank(): {Key(name): tensor for name, tensor in contents.tensors(list(keys.model)).items()}}
     forms = [chosen(form, request.mappings) for form in FORMS[is_separate(keys.model)]]
     mapping, variant = detect(forms, architecture, topology, ranks)
-    strays = list(keys.strays)
+    strays = [*keys.strays, *contents.unused]
     if any(contents.objects[key] > BLOB and _holds_something(contents.value(key)) for key in keys.extra):
         strays.append("_extra_state with contents (fp8 scaling factors)")
     notes += (*overruled, *((f"left behind: {', '.join(strays)}",) if strays else ()))
@@ -102,18 +108,19 @@ def backend(folder: Path) -> str:
     return str(name)
 
 
-def _torch_dist(folder: Path) -> Contents:
-    found = dcp.read(folder)
+def of_torch_dist(found: dcp.Dcp, *, check: bool) -> Contents:
+    """`check` verifies the checksums of what is read."""
     return Contents(
         {key: entry.shape for key, entry in found.tensors.items()},
         {key: item.nbytes for key, item in found.objects.items()},
-        lambda keys: dcp.tensors(found, keys),
+        lambda keys: dcp.tensors(found, keys, check=check),
         lambda key: dcp.value(found.objects[key]),
+        tuple(f"{source.nbytes:,} bytes of {Path(source.path).name}" for source in found.unused),
     )
 
 
-def _zarr(folder: Path, missing: str) -> Contents:
-    found = zarr2.read(folder)
+def of_zarr(found: zarr2.Zarr, *, missing: str = "fill") -> Contents:
+    """Chunks have no checksums of their own to verify."""
     return Contents(
         {key: entry.shape for key, entry in found.tensors.items()},
         {key: source.nbytes for key, source in found.objects.items()},

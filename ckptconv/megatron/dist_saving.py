@@ -57,6 +57,8 @@ def save(stored: Stored, step: int | str | None, request: Request, form: Form, f
         raise ConfigError(f"optimizer state ({', '.join(slots)}) cannot be written yet: --optimizer drop leaves it out")
     if filing.files is not None and filing.files < 1:
         raise UsageError(f"--saver.files {filing.files}: at least one file is needed")
+    if filing.files is not None and filing.backend == ZARR:
+        raise UsageError(f"--saver.files {filing.files}: {ZARR} has a file for each chunk")
     number = step_to_write(step, stored.extras.step)
     folder = iteration_name(number)
     stacked = "l" in stored.mapping.stack

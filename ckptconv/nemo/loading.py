@@ -17,7 +17,8 @@ from ckptconv.errors import FormatError, UsageError
 from ckptconv.formats import Request
 from ckptconv.mapping_files import chosen
 from ckptconv.megatron import hf_beside
-from ckptconv.megatron.dist_loading import TELLING, ZARR, Contents, from_whole
+from ckptconv.megatron.args_read import ArgsLayout
+from ckptconv.megatron.dist_loading import TELLING, ZARR, Contents, from_whole, of_torch_dist, of_zarr
 from ckptconv.megatron.folders import RankFile
 from ckptconv.megatron.loading import Kind, from_ranks
 from ckptconv.megatron.measure import MCORE
@@ -93,12 +94,12 @@ def load(path: Path, opened: Opened, config: Path | None, request: Request, form
         raise FormatError(path, f"holds the weights in more than one form: {' and '.join(forms)}; which of them count?")
     if inside:
         _check_kind(nemo, legacy=False)
-        said = replace(said, layout=replace(said.layout, counts=None), rows=None)
-        held = _contents(f"{path}!{DISTRIBUTED}", inside)
+        said = replace(said, layout=ArgsLayout())
+        held = _contents(f"{path}!{DISTRIBUTED}", inside, check=request.check)
         _refuse_without_language_model(nemo, held.shapes, path)
         stored = from_whole(held, said, beside, request, str(path), format_name)
     else:
-        contents = _ranks(path, archive)
+        contents = _ranks(path, archive, check=request.check)
         _refuse_without_language_model(nemo, [name for rank in contents for name in rank.chunks[0]], path)
         stored = from_ranks(contents, said, beside, request, _kind(contents, nemo, request, format_name), path)
     files = {**stored.extras.files, **({TOKENIZER: opened.tokenizer} if opened.tokenizer else {})}
@@ -137,22 +138,12 @@ def _refuse_without_language_model(nemo: NemoConfig, names: Collection[str], pat
         )
 
 
-def _contents(where: str, files: Dict[str, Source]) -> Contents:
+def _contents(where: str, files: Dict[str, Source], *, check: bool) -> Contents:
     """A distributed checkpoint inside the archive, under the names that Megatron-Core has for it."""
     told = json_file.read(files[TELLING]) if TELLING in files else {}
     if told.get("sharded_backend") == ZARR:
-        arrays = zarr2.interpret(where, files)
-        shapes = {key: entry.shape for key, entry in arrays.tensors.items()}
-        objects = {key: source.nbytes for key, source in arrays.objects.items()}
-        return _bare(Contents(
-            shapes, objects, lambda keys: zarr2.tensors(arrays, keys), lambda key: torch_file.read(arrays.objects[key])
-        ), where)  # fmt: skip
-    found = dcp.interpret(where, files)
-    shapes = {key: entry.shape for key, entry in found.tensors.items()}
-    objects = {key: item.nbytes for key, item in found.objects.items()}
-    return _bare(Contents(
-        shapes, objects, lambda keys: dcp.tensors(found, keys), lambda key: dcp.value(found.objects[key])
-    ), where)  # fmt: skip
+        return _bare(of_zarr(zarr2.interpret(where, files)), where)
+    return _bare(of_torch_dist(dcp.interpret(where, files), check=check), where)
 
 
 def _bare(contents: Contents, where: str) -> Contents:
@@ -168,10 +159,11 @@ def _bare(contents: Contents, where: str) -> Contents:
         {key[n:]: nbytes for key, nbytes in contents.objects.items()},
         tensors,
         lambda key: contents.value(prefix + key),
+        contents.unused,
     )
 
 
-def _ranks(path: Path, archive: Tar) -> list[RankContent]:
+def _ranks(path: Path, archive: Tar, *, check: bool) -> list[RankContent]:
     """What each rank's file holds, in order of the ranks' numbers."""
     found: dict[tuple[int, ...], RankContent] = {}
     for name, source in archive.members.items():
@@ -179,7 +171,7 @@ def _ranks(path: Path, archive: Tar) -> list[RankContent]:
             continue
         numbers = tuple(int(n) for n in match.groups() if n is not None) or (0,)
         where = f"{path}!{name}"
-        saved = torch_file.read(source, where=where)
+        saved = torch_file.read(source, check=check, where=where)
         if not isinstance(saved, dict):
             raise FormatError(where, f"holds a {type(saved).__name__}, expected the dictionary of a model")
         prefix = prefix_of([str(key) for key in saved], where)

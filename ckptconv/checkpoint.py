@@ -15,8 +15,14 @@ if TYPE_CHECKING:
     from ckptconv.mapping import Mapping
 
 
+MASTER, EXP_AVG, EXP_AVG_SQ = STATE = ("master", "exp_avg", "exp_avg_sq")  # Adam's slots, all fp32
+
+
 class Key(NamedTuple):
-    """A tensor's name and what it is of that parameter: the weight itself (`param`), or its optimizer state."""
+    """A tensor's name and what it is of that parameter: the weight itself (`param`), or optimizer state, one of `STATE`.
+
+    `master` is the fp32 copy that the optimizer updates; a weight that is fp32 itself has none.
+    """
 
     name: str
     slot: str = "param"
@@ -35,13 +41,34 @@ class Replica(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingState:
+    """What a training run needs to go on, beside the weights and their slots. Values are as they were pickled.
+
+    `groups` are the settings of the optimizer's param groups (lr, betas, wd_mult, …): each kind once, whichever rank or
+    chained optimizer had it; without `params` (which group a parameter is in follows from the settings), without `step`
+    and without `is_expert_parallel` (which follows from the layout). `updates` is how many the optimizer has made: Adam's
+    step. `rng` is by process, (pp, tp, ep), and means nothing in another layout.
+    """
+
+    groups: tuple[dict[str, object], ...]
+    updates: int
+    scheduler: dict[str, object] | None = None
+    grad_scaler: dict[str, object] | None = None
+    rng: dict[tuple[int, int, int], object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Extras:
-    """What a checkpoint holds beside tensors of the model. `notes` is told to the user and kept in the manifest."""
+    """What a checkpoint holds beside tensors of the model. `notes` is told to the user and kept in the manifest.
+
+    `training` goes with slots other than `param`: a checkpoint has both or neither.
+    """
 
     step: int | str | None = None
     files: dict[str, Source] = field(default_factory=dict)
     objects: dict[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    training: TrainingState | None = None
 
     @property
     def state(self) -> tuple[str, ...]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping as Dict
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from ckptconv.errors import FormatError, UsageError
 from ckptconv.formats import Format
 
 ENTRY_POINTS = "ckptconv.formats"
+CHOICES = "choices"  # in the metadata of an option: the only values it takes
 BUILT_IN = {
     "hf": "ckptconv.formats.hf:Hf",
     "mcore": "ckptconv.formats.mcore:Mcore",
@@ -69,18 +70,24 @@ def make_options(kind: type, values: Dict[str, object], flag: str, name: str) ->
         given = ", ".join(f"--{flag}.{key}" for key in unknown)
         listed = ", ".join(f"--{flag}.{n.replace('_', '-')}" for n in known) or "none"
         raise UsageError(f"format {name} has no option {given}; it has: {listed}")
-    return kind(
-        **{
-            key.replace("-", "_"): _read(hints[key.replace("-", "_")], value, f"--{flag}.{key}")
-            for key, value in values.items()
-        }
-    )
+    read: dict[str, object] = {}
+    for key, value in values.items():
+        field = known[key.replace("-", "_")]
+        read[field.name] = _read(hints[field.name], value, f"--{flag}.{key}")
+        _check_choice(field, read[field.name], f"--{flag}.{key}")
+    return kind(**read)
 
 
 def switches(kind: type) -> set[str]:
     """The options that are off until they are named: they need no value."""
     hints = get_type_hints(kind)
     return {f.name for f in fields(kind) if hints[f.name] is bool and f.default is False}
+
+
+def _check_choice(field: Field[Any], value: object, flag: str) -> None:
+    choices = field.metadata.get(CHOICES, ())
+    if choices and value not in (*choices, field.default):
+        raise UsageError(f"{flag} {value}: choose {' or '.join(map(str, choices))}")
 
 
 def _read(hint: object, value: object, flag: str) -> object:
@@ -100,16 +107,20 @@ def _read(hint: object, value: object, flag: str) -> object:
     return Path(value) if Path in kinds else value
 
 
-def option_rows(kind: type) -> list[tuple[str, str, str]]:
-    """(name, default, help) of every option, for listings."""
+class OptionRow(NamedTuple):
+    """An option as listings show it."""
+
+    name: str
+    default: str
+    choices: tuple[str, ...]
+    help: str
+
+
+def option_rows(kind: type) -> list[OptionRow]:
     rows = []
     for f in fields(kind):
         default = f.default_factory() if f.default_factory is not MISSING else f.default
-        rows.append(
-            (
-                f.name.replace("_", "-"),
-                "" if default in (None, MISSING) else str(default),
-                str(f.metadata.get("help", "")),
-            )
-        )
+        shown = "" if default in (None, MISSING) else str(default)
+        choices = tuple(map(str, f.metadata.get(CHOICES, ())))
+        rows.append(OptionRow(f.name.replace("_", "-"), shown, choices, str(f.metadata.get("help", ""))))
     return rows

@@ -69,10 +69,12 @@ def help_text(name: str, command: click.Command) -> str:
 
 
 def option_table(load: type, save: type) -> Iterator[str]:
-    yield "| option | default | |\n|---|---|---|"
+    yield "| option | choices | default | |\n|---|---|---|---|"
     for side, kind in (("loader", load), ("saver", save)):
-        for option, default, text in option_rows(kind):
-            yield f"| `--{side}.{option}` | {f'`{default}`' if default else ''} | {text} |"
+        for row in option_rows(kind):
+            choices = ", ".join(f"`{choice}`" for choice in row.choices)
+            default = f"`{row.default}`" if row.default else ""
+            yield f"| `--{side}.{row.name}` | {choices} | {default} | {row.help} |"
 
 
 def main() -> int:

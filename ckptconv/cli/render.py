@@ -154,7 +154,7 @@ def format_facts(name: str) -> dict[str, Any]:
 
     fmt = get_format(name)
     options = {
-        side: [{"name": n, "default": d, "help": h} for n, d, h in option_rows(kind)]
+        side: [row._asdict() for row in option_rows(kind)]
         for side, kind in (("loader", fmt.Load), ("saver", fmt.Save))
     }
     return {"name": fmt.name, "aliases": list(fmt.aliases), "summary": fmt.summary, **options}
@@ -165,7 +165,8 @@ def show_format(facts: dict[str, Any]) -> None:
     for side in ("loader", "saver"):
         for option in facts[side]:
             default = f" [{option['default']}]" if option["default"] else ""
-            click.echo(f"  --{side}.{option['name']}{default}  {option['help']}")
+            choices = f"{'|'.join(option['choices'])}: " if option["choices"] else ""
+            click.echo(f"  --{side}.{option['name']}{default}  {choices}{option['help']}")
 
 
 def family_rows() -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from ckptconv.megatron.versions import NEWEST, Core, core_version, show
 from ckptconv.plan import Plan
 from ckptconv.topology import Topology, even_counts, with_stages
 
-ORDERS = {0.0: "qkv_v0", 1.0: "qkv_v1", 2.0: "qkv_v2", 3.0: "qkv_v2"}
+ORDERS: dict[float, str] = {0: "qkv_v0", 1: "qkv_v1", 2: "qkv_v2", 3: "qkv_v2"}  # by checkpoint_version
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,10 @@ class LegacyLoad:
     )
     checkpoint_version: int | None = field(
         default=None,
-        metadata={"help": "0, 1, 2 or 3: order of query, key and value rows, for files that do not say it"},
+        metadata={
+            "help": "decides the order of query, key and value rows, for files that do not say it",
+            "choices": tuple(ORDERS),
+        },
     )
 
 
@@ -101,15 +104,13 @@ def _form(options: LegacySave) -> saving.Form:
 def _order(content: RankContent, options: LegacyLoad) -> frozenset[str]:
     """The order of QKV rows. Megatron takes a file without a version for version 0; one stripped of its args may be of any."""
     if options.checkpoint_version is not None:
-        if float(options.checkpoint_version) not in ORDERS:
-            raise UsageError(f"--loader.checkpoint-version {options.checkpoint_version}: known are 0, 1, 2 and 3")
-        return frozenset({ORDERS[float(options.checkpoint_version)]})
+        return frozenset({ORDERS[options.checkpoint_version]})
     if content.version is None and content.args is None:
         raise ConfigError(
             f"{content.file.name}: no checkpoint_version and no args: the order of query, key and value rows is not known; "
             "state it with --loader.checkpoint-version (3 for anything saved since 2021)"
         )
-    return frozenset({ORDERS[content.version or 0.0]})
+    return frozenset({ORDERS[content.version or 0]})
 
 
 def _refuse_uneven(topology: Topology, layers: int) -> None:

@@ -38,12 +38,16 @@ class McoreSave:
 
     transformer_impl: str | None = field(
         default=None,
-        metadata={"help": f"modules of the model: {TE} or {LOCAL} (default: as the source, {TE} from other formats)"},
+        metadata={
+            "help": f"modules of the model (default: as the source, {TE} from other formats)",
+            "choices": (TE, LOCAL),
+        },
     )
     experts: str | None = field(
         default=None,
         metadata={
-            "help": f"form of the experts: {', '.join(EXPERTS)} (default: as the source, te-grouped from other formats)"
+            "help": "form of the experts (default: as the source, te-grouped from other formats)",
+            "choices": tuple(EXPERTS),
         },
     )
     mcore_version: str = field(
@@ -127,10 +131,6 @@ def _wants_local(checkpoint: Checkpoint, options: McoreSave, request: Request) -
 
 
 def _versions(options: McoreSave) -> tuple[Core, Version]:
-    if options.transformer_impl not in (None, TE, LOCAL):
-        raise UsageError(f"--saver.transformer-impl {options.transformer_impl}: choose {TE} or {LOCAL}")
-    if options.experts is not None and options.experts not in EXPERTS:
-        raise UsageError(f"--saver.experts {options.experts}: choose one of {', '.join(EXPERTS)}")
     return Core(core_version(options.mcore_version)), te_version(options.te_version)
 
 

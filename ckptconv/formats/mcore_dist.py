@@ -22,9 +22,6 @@ from ckptconv.plan import Plan
 from ckptconv.topology import Topology, even
 
 LAYERS = {"stacked": "mcore-dist-stacked", "separate": "mcore-dist"}
-CHUNKS = ("layer", "whole")
-MISSING = ("fill", "zero")
-BACKENDS = (TORCH_DIST, ZARR)
 DEGREES = ("tp", "pp", "vpp", "ep", "etp")
 
 
@@ -38,7 +35,8 @@ class McoreDistLoad:
     zarr_missing: str = field(
         default="fill",
         metadata={
-            "help": "zarr chunks that are not there: fill (the array's fill value; an error if it has none), or zero"
+            "help": "zarr chunks that are not there: the array's fill value (an error if it has none), or zero",
+            "choices": ("fill", "zero"),
         },
     )
 
@@ -47,23 +45,35 @@ class McoreDistLoad:
 class McoreDistSave:
     """How tensors are filed, and for which versions."""
 
-    backend: str = field(default=TORCH_DIST, metadata={"help": f"{TORCH_DIST}, or {ZARR} for Megatron-Core up to 0.15"})
+    backend: str = field(
+        default=TORCH_DIST,
+        metadata={
+            "help": f"how tensors are stored; {ZARR} is for Megatron-Core up to 0.15",
+            "choices": (TORCH_DIST, ZARR),
+        },
+    )
     layers: str | None = field(
         default=None,
         metadata={
             "help": "stacked: one tensor for a kind of weight in all layers; separate: one for each layer "
-            "(default: as the source, else stacked where all layers are alike)"
+            "(default: as the source, else stacked where all layers are alike)",
+            "choices": tuple(LAYERS),
         },
     )
     chunk: str = field(
-        default="layer", metadata={"help": "layer: a chunk for each layer and expert; whole: one for each tensor"}
+        default="layer",
+        metadata={
+            "help": "layer: a chunk for each layer and expert; whole: one for each tensor",
+            "choices": ("layer", "whole"),
+        },
     )
     files: int | None = field(default=None, metadata={"help": "number of .distcp files (default: one for each 5 GB)"})
     run_config: bool = field(
         default=False, metadata={"help": "also write run_config.yaml, the model as Megatron-Bridge describes it"}
     )
     transformer_impl: str = field(
-        default=TE, metadata={"help": f"modules that load it, {TE} or {LOCAL}: decides the _extra_state entries"}
+        default=TE,
+        metadata={"help": "modules that load it: decides the _extra_state entries", "choices": (TE, LOCAL)},
     )
     mcore_version: str = field(
         default=show(NEWEST), metadata={"help": "oldest Megatron-Core that must load the files, 0.9 to 0.16"}
@@ -90,8 +100,6 @@ class McoreDist:
         return path.is_dir() and looks_like(path, lambda folder: is_distributed(folder) and not is_plain(folder))
 
     def load(self, path: Path, options: McoreDistLoad, request: Request) -> Stored:
-        if options.zarr_missing not in MISSING:
-            raise UsageError(f"--loader.zarr-missing {options.zarr_missing}: choose {' or '.join(MISSING)}")
         return dist_loading.load(path, options.config, request, self.name, options.zarr_missing)
 
     def storage(self, path: Path, request: Request) -> dict[str, object]:
@@ -106,7 +114,6 @@ class McoreDist:
             raise TopologyError(
                 f"a distributed checkpoint holds whole tensors, cut when Megatron loads it: no {flags} for it"
             )
-        _check_choices(options)
         core, _ = _versions(options)
         if options.backend == ZARR and not core.has_zarr:
             raise UsageError(
@@ -136,17 +143,6 @@ def _form(options: McoreDistSave) -> saving.Form:
     experts = "sequential" if local else "te-grouped"  # on disk they are the same
     extra = ExtraState(core, None if local else te, "sequential")
     return saving.Form(core, extra, local=local, experts=experts, ckpt_format=options.backend)
-
-
-def _check_choices(options: McoreDistSave) -> None:
-    for name, given, known in (
-        ("backend", options.backend, BACKENDS),
-        ("chunk", options.chunk, CHUNKS),
-        ("transformer-impl", options.transformer_impl, (TE, LOCAL)),
-        ("layers", options.layers, (None, *LAYERS)),
-    ):
-        if given not in known:
-            raise UsageError(f"--saver.{name} {given}: choose {' or '.join(k for k in known if k)}")
 
 
 def _versions(options: McoreDistSave) -> tuple[Core, tuple[int, int]]:

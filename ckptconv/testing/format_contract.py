@@ -17,7 +17,7 @@ from ckptconv.config import ModelConfig
 from ckptconv.errors import CkptconvError, UsageError
 from ckptconv.formats import Format, ReadOnly, Request
 from ckptconv.formats.hf import Hf
-from ckptconv.registry import BUILT_IN, formats, make_options
+from ckptconv.registry import BUILT_IN, CHOICES, formats, make_options
 from ckptconv.testing.checkpoints import WEIGHTS
 from ckptconv.testing.damage_contract import DamageContract
 from ckptconv.testing.workbench import (
@@ -80,6 +80,17 @@ class FormatContract(DamageContract):
         for side, kind in (("loader", self.format.Load), ("saver", self.format.Save)):
             with pytest.raises(UsageError, match="no-such-thing"):
                 make_options(kind, {"no-such-thing": "1"}, side, self.format.name)
+
+    def test_only_the_choices_of_an_option_are_taken(self) -> None:
+        for side, kind in (("loader", self.format.Load), ("saver", self.format.Save)):
+            for option in fields(kind):
+                choices = option.metadata.get(CHOICES, ())
+                for choice in choices:
+                    made = make_options(kind, {option.name: str(choice)}, side, self.format.name)
+                    assert getattr(made, option.name) == choice
+                if choices:
+                    with pytest.raises(UsageError, match=str(choices[0])):
+                        make_options(kind, {option.name: "987"}, side, self.format.name)
 
     def test_usage_names_the_result(self, bench: Bench) -> None:
         text = self.format.usage(bench.stored(bench.source(), {}), "some/where", self.format.Save())

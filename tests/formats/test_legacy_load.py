@@ -18,6 +18,7 @@ from ckptconv.errors import CkptconvError, ConfigError, FormatError, UsageError 
 from ckptconv.formats import Request  # noqa: E402
 from ckptconv.formats.legacy import Legacy, LegacyLoad  # noqa: E402
 from ckptconv.formats.mcore import Mcore  # noqa: E402
+from ckptconv.registry import make_options  # noqa: E402
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "mlm"
 LEGACY = Legacy()
@@ -167,8 +168,8 @@ def test_bare_weights_need_a_version(tmp_path: Path) -> None:
 def test_version_can_be_stated(tmp_path: Path) -> None:
     base = make(tmp_path, 1.0, edit=lambda saved: saved.update(checkpoint_version=3.0, args=_with_tp(saved["args"])))
     check(load(base, LegacyLoad(checkpoint_version=1)))
-    with pytest.raises(UsageError, match="known are 0, 1, 2 and 3"):
-        load(base, LegacyLoad(checkpoint_version=5))
+    with pytest.raises(UsageError, match=r"--loader\.checkpoint-version 5: choose 0 or 1 or 2 or 3"):
+        make_options(LegacyLoad, {"checkpoint-version": "5"}, "loader", "legacy")
 
 
 def _with_tp(args: argparse.Namespace) -> argparse.Namespace:

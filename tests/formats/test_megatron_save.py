@@ -168,7 +168,7 @@ REFUSED: dict[str, tuple[Path, str, dict[str, object], dict[str, Any], type[Ckpt
     "grouped before its flag": (MIXTRAL, "mcore", {"experts": "grouped", "mcore_version": "0.10"}, {}, UsageError, "TEGroupedMLP"),
     "etp before its flag": (MIXTRAL, "mcore", {"mcore_version": "0.9"}, {"tp": 2, "etp": 1}, UsageError, "cuts experts as the rest"),
     "etp beyond tp": (MIXTRAL, "mcore", {}, {"tp": 1, "etp": 2}, TopologyError, "does not divide tensor parallel size"),
-    "unknown experts": (MIXTRAL, "mcore", {"experts": "many"}, {}, UsageError, "choose one of"),
+    "unknown experts": (MIXTRAL, "mcore", {"experts": "many"}, {}, UsageError, "choose te-grouped or sequential or grouped"),
     "unknown modules": (QWEN / "hf", "mcore", {"transformer_impl": "apex"}, {}, UsageError, "choose transformer_engine or local"),
     "unknown version": (QWEN / "hf", "mcore", {"mcore_version": "2.0"}, {}, UsageError, "known are 0.9 to 0.16"),
     "iteration is text": (QWEN / "hf", "mcore", {"iteration": "last"}, {}, UsageError, "give a number"),

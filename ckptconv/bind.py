@@ -15,7 +15,7 @@ from ckptconv.errors import MappingError, TopologyError
 from ckptconv.mapping import Alternative, Apply, Expr, Mapping, Rule, atoms_of, stacked_over
 from ckptconv.ops import OPS, Op
 from ckptconv.tensor import Shape, Tensor
-from ckptconv.topology import Cut, Rank, Topology
+from ckptconv.topology import Cut, Rank, Stage, Topology
 from ckptconv.vocabulary import VARIABLE
 
 Env = dict[str, int]
@@ -109,12 +109,31 @@ def bind(
     if not (mapping.cut or mapping.deal) and topology.pp * topology.vpp * topology.processes_per_stage > 1:
         degrees = ", ".join(f"{name} {topology.degree(name)}" for name in ("tp", "pp", "vpp", "ep", "etp"))
         raise TopologyError(f"{mapping.name} holds whole tensors: they cannot be laid out over ranks ({degrees})")
-    binder = _Binder(mapping, variant, config, topology, rank)
-    for variable, rules in itertools.groupby(mapping.rules, lambda rule: (VARIABLE.findall(rule.stored) or [""])[0]):
+    binders = {"": _Binder(mapping, variant, config, topology, rank)}
+    if "embed" in topology.stage(rank).roles:
+        binders |= {
+            name: _tower(mapping, variant, name, tower, topology, rank) for name, tower in config.towers.items()
+        }
+    for (scope, variable), rules in itertools.groupby(mapping.rules, _block_of):
+        if (binder := binders.get(scope)) is None:
+            continue
         compiled = [c for rule in rules if (c := binder.compile(rule)) is not None]
         for values in binder.domain(variable) if variable else [(0, 0)]:
             for row in compiled:
                 yield from binder.rows(row, variable, values)
+
+
+def _block_of(rule: Rule) -> tuple[str, str]:
+    """Consecutive rules of one tower with the same first index variable run index by index."""
+    return rule.scope, (VARIABLE.findall(rule.stored) or [""])[0]
+
+
+def _tower(
+    mapping: Mapping, variant: frozenset[str], name: str, config: ModelConfig, topology: Topology, rank: Rank
+) -> _Binder:
+    """The binder of a tower: it stands whole on the first stage, cut as the language model is but not dealt."""
+    whole = Stage(tuple(range(config.layers)), frozenset({"embed", "norm", "head"}))
+    return _Binder(mapping, variant, config, Topology(tp=topology.tp, stages=(whole,)), Rank(tp=rank.tp), f"{name}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +149,16 @@ class _Binder:
     """Binds the rules of one rank; what does not depend on the index is worked out once."""
 
     def __init__(
-        self, mapping: Mapping, variant: frozenset[str], config: ModelConfig, topology: Topology, rank: Rank
+        self,
+        mapping: Mapping,
+        variant: frozenset[str],
+        config: ModelConfig,
+        topology: Topology,
+        rank: Rank,
+        prefix: str = "",
     ) -> None:
         self.mapping, self.variant, self.config, self.topology, self.rank = mapping, variant, config, topology, rank
+        self.prefix = prefix  # of the names of atoms
         self.roles = topology.stage(rank).roles
         self.variant_tags = mapping.variant_tags
         self.cuts: dict[tuple[str, bool], Cut] = {}
@@ -244,7 +270,7 @@ class _Binder:
         axes = self.mapping.vocabulary.atoms[template].axes
         cuts = [self.cut(axis, whole=whole) for axis in axes]
         return Leaf(
-            template,
+            self.prefix + template,
             tuple(c.lo for c in cuts),
             tuple(c.hi - c.lo for c in cuts),
             tuple(self.config.size(axis) for axis in axes),

@@ -26,8 +26,10 @@ class Rope:
 class ModelConfig:
     """What must be known of a model to name and cut its tensors, and to write another framework's configuration.
 
-    `vocab` is the true vocabulary (None: not known), `vocab_rows` the rows the embedding has now, padding included.
-    `raw` is the source's own configuration, kept whole; nothing in the core reads it.
+    `vocab` is the true vocabulary (None: not known), `vocab_rows` the rows the embedding has now, padding included;
+    `true_heads` and `heads` are the same of attention heads (InternViT gets dummy ones). `raw` is the source's own
+    configuration, kept whole; nothing in the core reads it. What else a model has beside a language model, a vision tower
+    and the projector between them, has a config of its own kind in `towers`.
     """
 
     family: str
@@ -58,6 +60,23 @@ class ModelConfig:
     router_pre_softmax: bool = False
     moe_layers: tuple[int, ...] = ()
     dtype: DType | None = None
+    kind: str = "text"
+    final_norm: bool = True
+    pre_norm: bool = False  # in front of the first layer; of a projector: of what comes in
+    qk_norm_full: bool = False  # over all heads at once
+    layer_scale: bool = False
+    true_heads: int | None = None
+    image: int = 0  # pixels along a side, and along one of a patch
+    patch: int = 0
+    channels: int = 3
+    patch_bias: bool = False
+    patch_linear: bool = False  # patches come in flat: the embedder is a matrix, no convolution
+    class_tokens: int = 0
+    mask_token: bool = False
+    pooling: bool = False  # SigLIP's attention pooling head
+    projection: int = 0  # entries of CLIP's shared space; 0: there is no projection into it
+    inputs: int = 0  # of a projector: entries of what comes in
+    linear: bool = False  # a projector of one layer
     towers: dict[str, ModelConfig] = field(default_factory=dict)
     raw: dict[str, object] = field(default_factory=dict)
 
@@ -77,6 +96,14 @@ class ModelConfig:
         return self.kv_heads * self.head_dim
 
     @property
+    def patch_inputs(self) -> int:
+        return self.channels * self.patch * self.patch
+
+    @property
+    def three_hidden(self) -> int:
+        return 3 * self.hidden
+
+    @property
     def one(self) -> int:
         return 1
 
@@ -90,22 +117,40 @@ class ModelConfig:
             return (layer in self.moe_layers) == (tag == "moe")
         if tag == "norm_bias":
             return self.norm == "layernorm"
+        if tag in KINDS:
+            return self.kind == tag
+        if tag in _COUNTED:
+            return bool(getattr(self, _COUNTED[tag]))
         if tag in _FLAGS:
             return bool(getattr(self, tag))
         raise MappingError(f"unknown tag {tag!r}; known tags: {', '.join(sorted(TAGS))}")
 
     def check(self) -> None:
         """Refuse what cannot be, before anything is derived from it."""
-        for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "vocab_rows"):
+        for name in _NEEDED[self.kind]:
             if getattr(self, name) < 1:
                 raise ConfigError(f"the architecture has {name} = {getattr(self, name)}: it must be at least 1")
-        if self.heads % self.kv_heads:
+        if self.kv_heads and self.heads % self.kv_heads:
             raise ConfigError(f"{self.heads} attention heads cannot share {self.kv_heads} key/value heads evenly")
+        if self.true_heads is not None and not 1 <= self.true_heads <= self.heads:
+            raise ConfigError(f"{self.true_heads} true attention heads cannot be among {self.heads}")
         if self.vocab is not None and not 1 <= self.vocab <= self.vocab_rows:
             raise ConfigError(f"vocabulary size {self.vocab} does not fit an embedding of {self.vocab_rows} rows")
         if self.moe_layers and not (self.experts and self.moe_ffn):
             raise ConfigError(f"layers {self.moe_layers} have experts, but their number or size is not stated")
+        for tower in self.towers.values():
+            tower.check()
 
+
+TOWERS = ("vision", "projector")  # parts of a larger model, whose atoms begin with their names; also kinds of models
+KINDS = ("text", *TOWERS)
+_ATTENTION = ("layers", "hidden", "heads", "kv_heads", "head_dim")
+_NEEDED = {
+    "text": (*_ATTENTION, "vocab_rows"),
+    "vision": (*_ATTENTION, "patch", "channels"),
+    "projector": ("hidden", "inputs"),
+}
+_COUNTED = {"class_token": "class_tokens", "projected": "projection"}  # tag -> the field that counts what it asks for
 
 # axis of the vocabulary -> field or property of ModelConfig; canonical.toml may name these and no others
 _SIZES = {
@@ -119,10 +164,18 @@ _SIZES = {
     "experts": "experts",
     "positions": "max_positions",
     "one": "one",
+    "class_tokens": "class_tokens",
+    "channels": "channels",
+    "patch": "patch",
+    "patch_inputs": "patch_inputs",
+    "patch_rows": "hidden",
+    "three_hidden": "three_hidden",
+    "projection": "projection",
+    "inputs": "inputs",
 }
 _UNITS = {"q": "heads", "kv": "kv_heads"}
 _FLAGS = {f.name for f in fields(ModelConfig) if f.type == "bool"}
-TAGS = frozenset({*_FLAGS, "dense", "moe", "norm_bias"})
+TAGS = frozenset({*_FLAGS, *KINDS, *_COUNTED, "dense", "moe", "norm_bias"})
 AXES = frozenset(_SIZES)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 from ckptconv.bind import Binding, bind, put_together
@@ -20,16 +21,19 @@ def localize(checkpoint: Checkpoint, target: Target, format_name: str) -> Stored
         table = bind(target.mapping, target.variant, checkpoint.config, target.topology, rank)
         ranks[rank] = dict(row for binding in table if not binding.copy for row in export.rows(binding, rank))
     homeless = [key for key in checkpoint.tensors if key not in export.used]
-    problems = export.problems + [f"no place for: {key}" for key in homeless]
+    omitted = [key for key in homeless if target.mapping.omits(key.name)]
+    problems = export.problems + [f"no place for: {key}" for key in homeless if key not in omitted]
     if problems:
         raise CoverageError(
             f"{target.mapping.name} cannot hold this model:",
             problems,
             "Leave a tensor out on purpose with --drop GLOB (canonical name), or say where it goes with --mapping FILE.",
         )
-    return Stored(
-        format_name, target.mapping, target.variant, target.topology, checkpoint.config, ranks, extras=checkpoint.extras
-    )
+    extras = checkpoint.extras
+    if omitted:
+        note = f"left out, {target.mapping.name} has no place for them: {', '.join(map(str, omitted))}"
+        extras = replace(extras, notes=(*extras.notes, note))
+    return Stored(format_name, target.mapping, target.variant, target.topology, checkpoint.config, ranks, extras=extras)
 
 
 class _Export:

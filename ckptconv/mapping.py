@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
-from ckptconv.config import TAGS
+from ckptconv.config import TAGS, TOWERS
 from ckptconv.errors import MappingError
 from ckptconv.ops import OPS
 from ckptconv.topology import ROLES
@@ -21,7 +21,7 @@ PARAMETERS = {
     "rope": {"heads"},
 }
 CONDITIONS = {"when", "on", "copy"}
-BLOCK_KEYS = {"stored", "canonical", "when", "on", "tensors", "use"}
+BLOCK_KEYS = {"stored", "canonical", "when", "on", "scope", "tensors", "use"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +49,22 @@ class Alternative:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A stored name (template) with its alternatives, of which at most one holds for a given model and rank."""
+    """A stored name (template) with its alternatives, of which at most one holds for a given model and rank.
+
+    `scope` names the tower it speaks of: atoms, sizes and tags are that tower's.
+    """
 
     stored: str
     alternatives: tuple[Alternative, ...]
+    scope: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
     """A family or dialect. `rules` stand in the dialect's parameter order; `config` is the raw table for the config codec.
 
-    `stack` lists the variables whose members share one tensor: the rules have them as axes already.
+    `stack` lists the variables whose members share one tensor: the rules have them as axes already. `omit` lists globs of
+    atoms that the dialect has no place for, and that a file in it may lack. `prefixes` are those that all names may have.
     """
 
     name: str
@@ -75,6 +80,8 @@ class Mapping:
     aliases: dict[str, str] = field(default_factory=dict)
     variants: tuple[tuple[str, ...], ...] = ()
     stack: tuple[str, ...] = ()
+    omit: tuple[str, ...] = ()
+    prefixes: tuple[str, ...] = ()
 
     def rename(self, name: str) -> str:
         """The current spelling of a stored name."""
@@ -84,6 +91,9 @@ class Mapping:
 
     def ignores(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.ignore)
+
+    def omits(self, atom: str) -> bool:
+        return any(fnmatchcase(atom, pattern) for pattern in self.omit)
 
     @property
     def variant_tags(self) -> frozenset[str]:
@@ -115,6 +125,8 @@ def parse_rules(raw: dict[str, object], where: str, stack: Sequence[str] = ()) -
 
 def _rule(stored: str, row: object, block: dict[str, object], where: str) -> Rule:
     rows = row if isinstance(row, list) else [row]
+    if (scope := str(block.get("scope", ""))) not in ("", *TOWERS):
+        raise MappingError(f"{where}: scope is {scope!r}, expected one of {', '.join(TOWERS)}")
     prefix, when, on = str(block.get("canonical", "")), named(block, "when", where), named(block, "on", where)
     alternatives = []
     for one in rows:
@@ -128,7 +140,7 @@ def _rule(stored: str, row: object, block: dict[str, object], where: str) -> Rul
                 bool(conditions.get("copy", False)),
             )
         )
-    return Rule(stored, tuple(alternatives))
+    return Rule(stored, tuple(alternatives), scope)
 
 
 def named(table: dict[str, object], key: str, where: str) -> tuple[str, ...]:
@@ -186,7 +198,7 @@ def stacked(rule: Rule, variables: Sequence[str], where: str) -> Rule:
     for i, variable in enumerate(variables):
         if variable in VARIABLE.findall(rule.stored):
             alternatives = tuple(replace(a, expr=_on_axis(a.expr, variable, variables[:i])) for a in alternatives)
-    return Rule(_unnumbered(rule.stored, variables, where), alternatives)
+    return Rule(_unnumbered(rule.stored, variables, where), alternatives, rule.scope)
 
 
 def _unnumbered(stored: str, variables: Sequence[str], where: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -14,7 +15,7 @@ from ckptconv.vocabulary import VARIABLE, Vocabulary, parse_vocabulary, words
 
 ENTRY_POINTS = "ckptconv.mappings"
 TABLES = {"match", "config", "cut", "deal", "excess", "aliases"}
-TOP_LEVEL = {"extends", "block", "ignore", "variants", "stack", "vocabulary", *TABLES}
+TOP_LEVEL = {"extends", "block", "ignore", "omit", "prefixes", "variants", "stack", "vocabulary", *TABLES}
 
 
 def builtin_folder() -> Path:
@@ -55,7 +56,7 @@ def load_mapping(name: str) -> Mapping:
     """A mapping by name."""
     if name not in mapping_paths():
         raise MappingError(f"no mapping {name!r}; known: {', '.join(sorted(mapping_paths()))}")
-    return _build(name, mapping_paths()[name][1], ())
+    return _spelled(_build(name, mapping_paths()[name][1], ()))
 
 
 def load_mapping_file(path: Path) -> Mapping:
@@ -63,7 +64,7 @@ def load_mapping_file(path: Path) -> Mapping:
     installed = not path.exists() and str(path) in mapping_paths()
     if not installed and not path.exists():
         raise UsageError(f"--mapping {path}: no such file, nor one that is installed: {', '.join(mapping_paths())}")
-    mapping = load_mapping(str(path)) if installed else _build(path.stem, path, ())
+    mapping = load_mapping(str(path)) if installed else _spelled(_build(path.stem, path, ()))
     if mapping.extends is None:
         raise MappingError(f"{path}: a mapping given with --mapping must say which one it extends")
     return mapping
@@ -90,6 +91,8 @@ def _build(name: str, path: Path, chain: tuple[str, ...]) -> Mapping:
         rules=_rules(raw, parent, path, (*chain, name), stack),
         extends=parent.name if parent else None,
         ignore=(*(parent.ignore if parent else ()), *words(raw.get("ignore", ()))),
+        omit=_omit(raw, parent, (*chain, name)),
+        prefixes=words(raw.get("prefixes", parent.prefixes if parent else ())),
         variants=_variants(raw, parent, (*chain, name)),
         stack=stack,
         match={**(parent.match if parent else {}), **_table(raw, "match", path)},
@@ -153,13 +156,39 @@ def _using(raw: dict[str, object]) -> list[dict[str, object]]:
     return [b for b in blocks if "use" in b] if isinstance(blocks, list) else []
 
 
+def _omit(raw: dict[str, object], parent: Mapping | None, chain: tuple[str, ...]) -> tuple[str, ...]:
+    """The parent's globs and ours; and those of the mappings we use, for the atoms as they are called here."""
+    globs = [*(parent.omit if parent else ()), *words(raw.get("omit", ()))]
+    for block in _using(raw):
+        under = f"{block['scope']}." if "scope" in block else ""
+        globs += [under + str(block.get("canonical", "")) + glob for glob in _used(block, chain).omit]
+    return tuple(dict.fromkeys(globs))
+
+
 def _used(block: dict[str, object], chain: tuple[str, ...]) -> Mapping:
     name = str(block["use"])
     if name not in mapping_paths():
         raise MappingError(
             f"{chain[-1]}: uses {name!r}, which is not known; known: {', '.join(sorted(mapping_paths()))}"
         )
-    return _build(name, mapping_paths()[name][1], chain)
+    return _spelled(_build(name, mapping_paths()[name][1], chain))
+
+
+def _spelled(mapping: Mapping) -> Mapping:
+    """Every row once under each prefix that names may have; which of them a checkpoint's have is a variant."""
+    if not mapping.prefixes:
+        return mapping
+    tags = {prefix: f"{mapping.name}:{prefix}" for prefix in mapping.prefixes}
+    rules = [
+        replace(
+            rule,
+            stored=prefix + rule.stored,
+            alternatives=tuple(replace(a, when=(*a.when, tag)) for a in rule.alternatives),
+        )
+        for prefix, tag in tags.items()
+        for rule in mapping.rules
+    ]
+    return replace(mapping, rules=tuple(rules), variants=(*mapping.variants, tuple(tags.values())), prefixes=())
 
 
 def _rules(
@@ -207,6 +236,7 @@ def _prefixed(rules: Sequence[Rule], block: dict[str, object]) -> list[Rule]:
         Rule(
             stored + r.stored,
             tuple(Alternative(renamed(a.expr), (*when, *a.when), a.on, a.copy) for a in r.alternatives),
+            r.scope or str(block.get("scope", "")),
         )
         for r in rules
     ]

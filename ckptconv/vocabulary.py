@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ckptconv.config import AXES, TAGS, ModelConfig
+from ckptconv.config import AXES, TAGS, TOWERS, ModelConfig
 from ckptconv.dtypes import DTYPES, DType
 from ckptconv.errors import MappingError
 from ckptconv.tensor import Shape
@@ -45,12 +45,15 @@ class Vocabulary:
         return int(getattr(config, self.variables[variable]))
 
     def expected(self, config: ModelConfig) -> Iterator[tuple[str, Atom]]:
-        """Every concrete atom a model of this architecture has."""
+        """Every concrete atom a model of this architecture has, those of its towers under their names."""
         for atom in self.atoms.values():
             for layer in range(self.count("l", config)) if "{l}" in atom.name else (None,):
                 if all(config.has(tag, layer) for tag in atom.when):
                     for name in self._names(atom.name.replace("{l}", str(layer)), config):
                         yield name, atom
+        for tower, its in config.towers.items():
+            for name, atom in self.expected(its):
+                yield f"{tower}.{name}", atom
 
     def _names(self, template: str, config: ModelConfig) -> Iterator[str]:
         """The template with every index that it leaves open."""
@@ -60,7 +63,8 @@ class Vocabulary:
 
     def atom_of(self, name: str) -> Atom | None:
         """The atom a concrete name belongs to."""
-        return self._unnumbered.get(INDEX.sub(".#", name))
+        first, _, rest = name.partition(".")
+        return self._unnumbered.get(INDEX.sub(".#", rest if first in TOWERS else name))
 
 
 def parse_vocabulary(raw: dict[str, object], where: str) -> Vocabulary:

@@ -17,6 +17,8 @@ ERAS = {
     "mcore": "Megatron-Core, one file per process",
     "mcore-dist": "Megatron-Core, distributed",
 }
+# the variants of legacy names whose rows of queries, keys and values stand in another order than today
+MOVED_ROWS = {"qkv_v0": "queries, keys and values apart", "qkv_v1": "queries, keys and values in turn"}
 
 
 def prepare_upgrade(job: Job) -> tuple[Prepared, list[str]]:
@@ -40,8 +42,8 @@ def _changes(prepared: Prepared, args: Dict[str, object]) -> Iterator[str]:
     if origin.mapping != stored.mapping.name:
         renamed = len({key.name for tensors in stored.ranks.values() for key in tensors})
         yield f"names: of {origin.mapping} -> of {stored.mapping.name} ({renamed} tensors)"
-    if "qkv" in " ".join(origin.variant):
-        yield f"attention rows: {', '.join(sorted(origin.variant))} -> grouped by query group"
+    for variant in origin.variant & MOVED_ROWS.keys():
+        yield f"attention rows: {MOVED_ROWS[variant]} -> grouped by query group"
     if origin.topology.degree("tp") * origin.topology.pp * origin.topology.ep > 1:
         yield f"layout: {origin.topology.pp * origin.topology.processes_per_stage} rank files -> whole tensors, cut when they are loaded"
     for name in checkpoint.dropped:

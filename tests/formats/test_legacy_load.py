@@ -18,7 +18,9 @@ from ckptconv.errors import CkptconvError, ConfigError, FormatError, UsageError 
 from ckptconv.formats import Request  # noqa: E402
 from ckptconv.formats.legacy import Legacy, LegacyLoad  # noqa: E402
 from ckptconv.formats.mcore import Mcore  # noqa: E402
+from ckptconv.pipeline import Job  # noqa: E402
 from ckptconv.registry import make_options  # noqa: E402
+from ckptconv.upgrade import prepare_upgrade  # noqa: E402
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "mlm"
 LEGACY = Legacy()
@@ -170,6 +172,16 @@ def test_version_can_be_stated(tmp_path: Path) -> None:
     check(load(base, LegacyLoad(checkpoint_version=1)))
     with pytest.raises(UsageError, match=r"--loader\.checkpoint-version 5: choose 0 or 1 or 2 or 3"):
         make_options(LegacyLoad, {"checkpoint-version": "5"}, "loader", "legacy")
+
+
+@pytest.mark.parametrize(
+    ("version", "rows"), [(0.0, "values apart -> grouped"), (1.0, "in turn -> grouped"), (2.0, None), (3.0, None)]
+)
+def test_upgrade_says_which_rows_move(tmp_path: Path, version: float, rows: str | None) -> None:
+    _, changes = prepare_upgrade(Job(make(tmp_path, version), vocab_size=ROWS))
+    moved = [line for line in changes if line.startswith("attention rows")]
+    assert len(moved) == (rows is not None)
+    assert all(str(rows) in line for line in moved)
 
 
 def _with_tp(args: argparse.Namespace) -> argparse.Namespace:

@@ -85,6 +85,7 @@ def _build(name: str, path: Path, chain: tuple[str, ...]) -> Mapping:
     raw = _read(path)
     parent = _parent(raw, path, (*chain, name))
     stack = tuple(dict.fromkeys([*(parent.stack if parent else ()), *named(raw, "stack", str(path))]))
+    below = [*([parent] if parent else []), *(_used(block, (*chain, name)) for block in _using(raw))]
     mapping = Mapping(
         name=name,
         vocabulary=_vocabulary(raw, parent, str(path)),
@@ -97,9 +98,9 @@ def _build(name: str, path: Path, chain: tuple[str, ...]) -> Mapping:
         stack=stack,
         match={**(parent.match if parent else {}), **_table(raw, "match", path)},
         config=_merged(parent.config if parent else {}, _table(raw, "config", path)),
-        cut=_merged_dimensions(parent.cut if parent else {}, _table(raw, "cut", path)),
-        deal=_merged_dimensions(parent.deal if parent else {}, _table(raw, "deal", path)),
-        excess=_strings(_table(raw, "excess", path)) or (parent.excess if parent else {}),
+        cut=_merged_dimensions([m.cut for m in below], _table(raw, "cut", path)),
+        deal=_merged_dimensions([m.deal for m in below], _table(raw, "deal", path)),
+        excess=_strings(_table(raw, "excess", path)) or {k: v for m in below for k, v in m.excess.items()},
         aliases={**(parent.aliases if parent else {}), **_strings(_table(raw, "aliases", path))},
     )
     validate(mapping)
@@ -258,9 +259,9 @@ def _merged(parent: dict[str, object], own: dict[str, object]) -> dict[str, obje
     return out
 
 
-def _merged_dimensions(parent: dict[str, str], own: dict[str, object]) -> dict[str, str]:
-    """dimension -> names, as written, to name -> dimension; `false` takes the parent's names of a dimension away."""
-    kept = {name: dimension for name, dimension in parent.items() if own.get(dimension) is not False}
+def _merged_dimensions(below: Sequence[dict[str, str]], own: dict[str, object]) -> dict[str, str]:
+    """dimension -> names, as written, to name -> dimension; `false` takes away what mappings below say of a dimension."""
+    kept = {name: dimension for table in below for name, dimension in table.items() if own.get(dimension) is not False}
     return {**kept, **{name: dimension for dimension, names in own.items() for name in words(names)}}
 
 

@@ -182,3 +182,20 @@ AXES = frozenset(_SIZES)
 def units(config: ModelConfig, axis: str) -> int:
     """How many indivisible units an axis has: heads for q, key/value heads for kv, else its size."""
     return int(getattr(config, _UNITS[axis])) if axis in _UNITS else config.size(axis)
+
+
+def projector_config(
+    inputs: int,
+    ffn: int,
+    hidden: int,
+    *,
+    pre_norm: bool = False,
+    norm: str = "layernorm",
+    mlp_bias: bool = False,
+    activation: str = "gelu",
+) -> ModelConfig:
+    """A projector of two layers from `inputs` entries through `ffn` to `hidden`; the norm, if any, is of what comes in."""
+    return ModelConfig(
+        "projector", 0, hidden, 0, 0, 0, ffn, 0, kind="projector", inputs=inputs, pre_norm=pre_norm, norm=norm, mlp_bias=mlp_bias,
+        activation=activation, glu=False, final_norm=False, rope=None,
+    )  # fmt: skip

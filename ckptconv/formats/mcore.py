@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ckptconv.checkpoint import Checkpoint, Stored, Target
+from ckptconv.config import ModelConfig
 from ckptconv.errors import UsageError
 from ckptconv.formats import Request
 from ckptconv.mapping import Mapping
@@ -29,6 +30,10 @@ class McoreLoad:
 
     config: Path | None = field(
         default=None, metadata={"help": "Hugging Face folder or config.json that states what args lack or have wrong"}
+    )
+    vision_heads: int | None = field(
+        default=None,
+        metadata={"help": "attention heads of the vision tower (without dummy ones), if no config says them"},
     )
 
 
@@ -77,14 +82,27 @@ class Mcore:
         return loading.sniff(path, legacy=False)
 
     def load(self, path: Path, options: McoreLoad, request: Request) -> Stored:
-        mappings = (chosen("mcore", request.mappings), chosen("mcore-local", request.mappings))
-        kind = loading.Kind(self.name, mappings, MCORE, lambda _: frozenset())
+        mappings, vision, multimodal = (
+            (chosen(name, request.mappings), chosen(f"{name}-local", request.mappings))
+            for name in ("mcore", "mcore-vision", "mcore-vlm")
+        )
+        kind = loading.Kind(
+            self.name,
+            mappings,
+            MCORE,
+            lambda _: frozenset(),
+            multimodal=multimodal,
+            vision=vision,
+            heads=options.vision_heads,
+        )
         return loading.load(path, options.config, request, kind)
 
     def target(self, checkpoint: Checkpoint, topology: Topology, options: McoreSave, request: Request) -> Target:
         config = checkpoint.config
         core, te = _versions(options)
         local = _wants_local(checkpoint, options, request)
+        if config.kind == "vision":
+            return _vision_target(config, topology, local, request)
         refuse_inexpressible(config, core, legacy=False)
         pipeline_args(topology, core)
         if topology.ep > 1 and not config.experts:
@@ -94,7 +112,8 @@ class Mcore:
             raise UsageError(
                 f"--etp {topology.etp} with tp {topology.tp}: Megatron-Core {show(core.version)} cuts experts as the rest; 0.10 is newer"
             )
-        mapping = _without_excess(chosen("mcore-local" if local else "mcore", request.mappings), core)
+        name = "mcore-vlm" if config.towers else "mcore"
+        mapping = _without_excess(chosen(f"{name}-local" if local else name, request.mappings), core)
         if config.kv_heads < topology.tp and not mapping.excess:
             raise UsageError(
                 f"tp {topology.tp} is more than the {config.kv_heads} key/value heads: Megatron-Core before 0.16 refuses that; "
@@ -110,16 +129,27 @@ class Mcore:
         return usage(stored, dst, _form(stored, options))
 
 
+def _vision_target(config: ModelConfig, topology: Topology, local: bool, request: Request) -> Target:
+    """A tower alone is only ever cut for tensor parallelism."""
+    given = [f"--{name} {n}" for name in ("pp", "vpp", "ep") if (n := topology.degree(name)) > 1]
+    if given:
+        raise UsageError(
+            f"{' '.join(given)}: a vision tower alone is cut for tensor parallelism only; combine it first"
+        )
+    mapping = chosen("mcore-vision-local" if local else "mcore-vision", request.mappings)
+    return Target(mapping, frozenset(), topology, config.vocab_rows)
+
+
 def _form(stored: Stored, options: McoreSave) -> saving.Form:
     core, te = _versions(options)
     local = is_local(stored.mapping)
-    experts = next(name for name, tag in EXPERTS.items() if tag in stored.variant)
+    experts = next((name for name, tag in EXPERTS.items() if tag in stored.variant), "")
     return saving.Form(core, ExtraState(core, None if local else te, experts), local=local, experts=experts)
 
 
 def is_local(mapping: Mapping) -> bool:
     """Whether the names are those of Megatron-Core's own modules; a user's mapping may extend them."""
-    return "mcore-local" in (mapping.name, mapping.extends)
+    return any(name.startswith("mcore") and name.endswith("-local") for name in (mapping.name, mapping.extends or ""))
 
 
 def _wants_local(checkpoint: Checkpoint, options: McoreSave, request: Request) -> bool:

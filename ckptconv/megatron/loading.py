@@ -12,7 +12,7 @@ from ckptconv.dialect import detect
 from ckptconv.errors import CkptconvError, ConfigError, FormatError
 from ckptconv.formats import Request
 from ckptconv.mapping import Mapping
-from ckptconv.megatron import hf_beside
+from ckptconv.megatron import hf_beside, towers
 from ckptconv.megatron.architecture import ADVICE, Evidence, resolve
 from ckptconv.megatron.args_read import ArgsLayout, Statement, layout, statement
 from ckptconv.megatron.folders import has_ranks, looks_like, open_ranks
@@ -20,14 +20,15 @@ from ckptconv.megatron.grid import Grid, check_processes, make_grid, shared_args
 from ckptconv.megatron.measure import LAYER, Measured, Names, measure
 from ckptconv.megatron.rank_file import RankContent, read_rank
 from ckptconv.tensor import Shape, Tensor
-from ckptconv.topology import Rank, Topology, with_stages
+from ckptconv.topology import Rank, Topology, even, with_stages
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
     """What tells formats of rank files apart when reading. `variant` gives what names cannot tell, from the first rank's file;
 
-    `joined` sees shapes as those of one tensor that a form of the dialect cuts in two.
+    `joined` sees shapes as those of one tensor that a form of the dialect cuts in two. `multimodal` are the mappings of models
+    that have a language model among other parts, `vision` those of towers alone; `heads` is the number stated for a tower.
     """
 
     format: str
@@ -35,6 +36,9 @@ class Kind:
     names: Names
     variant: Callable[[RankContent], frozenset[str]]
     joined: Callable[[Dict[str, Shape]], dict[str, Shape]] = dict
+    multimodal: tuple[Mapping, ...] = ()
+    vision: tuple[Mapping, ...] = ()
+    heads: int | None = None
 
 
 def load(path: Path, config: Path | None, request: Request, kind: Kind) -> Stored:
@@ -62,8 +66,18 @@ def from_ranks(
     folder: Path,
 ) -> Stored:
     """The ranks' contents brought together, and the architecture that they and what is said of them agree on."""
-    grid = make_grid(contents, said.layout if said else ArgsLayout(), kind.names.embed, folder)
     family = hf_beside.family(request)
+    stated = towers.Said(beside.config, kind.heads, family.name if family else None)
+    names = contents[0].chunks[0]
+    if kind.vision and towers.is_vision(names):
+        return _vision(contents, beside, stated, kind, folder)
+    multimodal = bool(kind.multimodal) and towers.is_multimodal(names)
+    text = towers.split_ranks(contents) if multimodal else contents
+    sizes = said.layout if said else ArgsLayout()
+    # Megatron's tool that cuts multimodal models into stages leaves the args of the one stage that it started from
+    if multimodal:
+        sizes = ArgsLayout(sizes.tp, vpp=sizes.vpp, etp=sizes.etp)
+    grid = make_grid(text, sizes, kind.names.embed, folder)
     evidence = Evidence(
         _measure(grid, kind), said, beside.config, beside.where, beside.given, family.name if family else None, request.vocab
     )  # fmt: skip
@@ -71,13 +85,42 @@ def from_ranks(
     architecture, notes = resolve(evidence)
     topology.check(architecture.layers)
     check_processes(grid, topology, folder)
-    ranks, places = _ranks(grid, topology)
-    mapping, variant = detect(kind.mappings, architecture, topology, ranks, kind.variant(contents[0]))
+    if multimodal:
+        first = next(c for c in contents if c.file == grid.stage(0).file)
+        found = towers.towers(_shapes(first.chunks[0]), grid.tp, architecture.towers, stated, str(first.file.path))
+        architecture = replace(architecture, towers=found)
+    ranks, places = _ranks(replace(grid, contents=_as_stored(grid, contents)), topology)
+    candidates = kind.multimodal if multimodal else kind.mappings
+    mapping, variant = detect(candidates, architecture, topology, ranks, kind.variant(contents[0]))
     if strays := dict.fromkeys(key for content in contents for key in content.strays):
         notes += (f"left behind in the rank files: {', '.join(strays)}",)
     state = list(dict.fromkeys(word for content in contents for word in content.state))
     extras = Extras(files=beside.files, notes=notes, objects={"state": state})
     return Stored(kind.format, mapping, variant, topology, architecture, ranks, places, extras)
+
+
+def _as_stored(grid: Grid, contents: Sequence[RankContent]) -> dict[tuple[int, int, int], RankContent]:
+    """The grid's processes with all that their files hold."""
+    by_file = {content.file: content for content in contents}
+    return {process: by_file[content.file] for process, content in grid.contents.items()}
+
+
+def _vision(
+    contents: Sequence[RankContent], beside: hf_beside.Beside, said: towers.Said, kind: Kind, folder: Path
+) -> Stored:
+    """A vision tower alone: Megatron cuts it for tensor parallelism and nothing else."""
+    tp = len(contents)
+    odd = [c.file.name for i, c in enumerate(contents) if c.file.numbers != (i,) or len(c.chunks) != 1]
+    if odd:
+        raise FormatError(
+            folder, f"a vision tower lies in mp_rank_00 to mp_rank_{tp - 1:02d}; found {', '.join(odd[:8])}"
+        )
+    config = towers.vision(_shapes(contents[0].chunks[0]), tp, said, str(contents[0].file.path))
+    topology = even(config.layers, tp=tp)
+    grid = Grid({(0, i, 0): c for i, c in enumerate(contents)}, tp, 1, 1, 1, [[config.layers]])
+    ranks, places = _ranks(grid, topology)
+    mapping, variant = detect(kind.vision, config, topology, ranks)
+    return Stored(kind.format, mapping, variant, topology, config, ranks, places, Extras(files=beside.files))
 
 
 def _measure(grid: Grid, kind: Kind) -> Measured:
@@ -145,4 +188,5 @@ def sniff(path: Path, *, legacy: bool) -> bool:
     except CkptconvError:
         return not legacy  # damaged: the loader says what is wrong with it
     names = content.chunks[-1] or content.chunks[0]
-    return legacy == any(name.startswith(("language_model.", "word_embeddings")) for name in names)
+    old = any(name.startswith(("language_model.", "word_embeddings")) for name in names)
+    return legacy == (old and not towers.is_multimodal(names))

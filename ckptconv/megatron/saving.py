@@ -19,6 +19,7 @@ from ckptconv.megatron.args_table import Subject
 from ckptconv.megatron.args_write import notes, write_args
 from ckptconv.megatron.extra_state import ExtraState
 from ckptconv.megatron.folders import FILES, HF, RELEASE, TRACKER, iteration_name, rank_name
+from ckptconv.megatron.towers import with_extra_state
 from ckptconv.megatron.versions import Core, show
 from ckptconv.plan import File, Plan, Segment
 from ckptconv.source import Source
@@ -78,7 +79,7 @@ def save(stored: Stored, wanted: int | str | None, request: Request, form: Form)
         stored.config, stored.topology, form.core, stored.config.dtype or FP32, divisor(stored.extras, request), form.local,
         form.legacy, form.experts, carried=carried(stored.extras),
     )  # fmt: skip
-    args = write_args(subject)
+    args = None if stored.config.kind == "vision" else write_args(subject)
     files = [_rank_file(stored, process, args, step, form) for process in stored.topology.processes()]
     files += [*hf_files(stored.extras), final_file(TRACKER, str(step).encode())]
     about: dict[str, object] = {
@@ -99,20 +100,24 @@ def step_to_write(wanted: int | str | None, source: int | str | None) -> int | s
     return int(step)
 
 
-def _rank_file(stored: Stored, process: tuple[int, int, int], args: Namespace, step: int | str, form: Form) -> File:
-    """One process: its args, and its chunks with the entries that the modules' state_dict has beside weights."""
+def _rank_file(
+    stored: Stored, process: tuple[int, int, int], args: Namespace | None, step: int | str, form: Form
+) -> File:
+    """One process: its args, and its chunks with the entries that the modules' state_dict has beside weights.
+
+    A vision tower alone has no args: Megatron only ever joins it to a language model, which has.
+    """
     topology = stored.topology
     pp, tp, ep = process
-    saved: dict[object, object] = {
-        "args": args,
-        "checkpoint_version": CHECKPOINT_VERSION,
-        "iteration": 0 if step == RELEASE else step,
-    }
+    saved: dict[object, object] = {}
+    if args is not None:
+        iteration = 0 if step == RELEASE else step
+        saved |= {"args": args, "checkpoint_version": CHECKPOINT_VERSION, "iteration": iteration}
     for vpp in range(topology.vpp):
         rank = Rank(pp, tp, ep, vpp, tp % topology.etp)
         last = "head" in topology.stage(rank).roles
         tensors = {key.name: tensor for key, tensor in stored.ranks[rank].items()}
-        flat = form.extra.beside(tensors, last=last)
+        flat = with_extra_state(form.extra, tensors, last=last)
         saved["model" if topology.vpp == 1 else f"model{vpp}"] = nested(flat) if form.legacy else Ordered(flat)
     name = rank_name(tp, pp if topology.pp > 1 else None, ep if topology.ep > 1 else None)
     return torch_write.layout(f"{iteration_name(step)}/{name}/{FILES[0]}", saved)

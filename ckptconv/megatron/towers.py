@@ -1,0 +1,195 @@
+"""Vision towers and projectors in Megatron's names: which chunks hold them, and what their tensors say of the architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from collections.abc import Mapping as Dict
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ckptconv.config import ModelConfig, projector_config
+from ckptconv.errors import ConfigError
+from ckptconv.megatron.extra_state import NAME as EXTRA_STATE
+from ckptconv.megatron.extra_state import ExtraState
+from ckptconv.megatron.measure import layer_count
+from ckptconv.megatron.rank_file import RankContent
+from ckptconv.tensor import Shape, Tensor
+
+LANGUAGE, VISION, PROJECTOR = "language_model.", "vision_model.", "vision_projection.encoder."
+PATCHES = ("conv1.weight", "embedder.weight")  # one of them is in every tower
+LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+HEADS_FLAG = "--loader.vision-heads"
+_QKV, _PROJ = "decoder.layers.0.self_attention.linear_qkv.", "decoder.layers.0.self_attention.linear_proj."
+_FC1, _FC2 = "decoder.layers.0.mlp.linear_fc1.", "decoder.layers.0.mlp.linear_fc2."
+# (hidden, layers, ffn) of the towers that Megatron's multimodal example knows -> family, attention heads: its files do not say them
+KNOWN = {
+    (1024, 24, 4096): ("hf-clip", 16),
+    (1152, 27, 4304): ("hf-siglip", 16),
+    (3200, 45, 12800): ("hf-internvit", 25),
+    (1280, 32, 5120): ("hf-radio-h", 16),
+    (1536, 40, 4096): ("hf-radio-g", 24),
+}
+
+
+def is_vision(names: Iterable[str]) -> bool:
+    """Whether these are the names of a vision tower alone."""
+    return any(name in PATCHES for name in names)
+
+
+def is_multimodal(names: Iterable[str]) -> bool:
+    """Whether a language model's names stand under a prefix, beside those of other parts; legacy models nest theirs alike."""
+    return any(name.startswith((LANGUAGE + "decoder.", VISION, PROJECTOR)) for name in names)
+
+
+def part(content: RankContent, prefix: str) -> RankContent:
+    """A rank's file as if it held one part of the model alone."""
+    chunks = tuple(
+        {name.removeprefix(prefix): tensor for name, tensor in chunk.items() if name.startswith(prefix)}
+        for chunk in content.chunks
+    )
+    return replace(content, chunks=chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What is stated of a tower beside its tensors: a config, or no more than its heads and family."""
+
+    config: ModelConfig | None = None
+    heads: int | None = None
+    family: str | None = None
+
+
+def towers(
+    first: Dict[str, Shape], tp: int, stated: Dict[str, ModelConfig], said: Said, where: str
+) -> dict[str, ModelConfig]:
+    """The towers whose tensors the first tensor rank of the first stage holds."""
+    found = {}
+    for name, prefix in (("vision", VISION), ("projector", PROJECTOR)):
+        shapes = {key.removeprefix(prefix): shape for key, shape in first.items() if key.startswith(prefix)}
+        if shapes and name == "vision":
+            found[name] = vision(shapes, tp, replace(said, config=stated.get(name)), where)
+        elif shapes:
+            found[name] = projector(shapes, tp)
+    return found
+
+
+def vision(shapes: Dict[str, Shape], tp: int, said: Said, where: str) -> ModelConfig:
+    """The tower's config, as stated or as its tensors have it; heads stand in no shape, and dummy ones may have been added."""
+    hidden = _hidden(shapes, where)
+    layers = layer_count(shapes, where)
+    ffn = _size(shapes, _FC2 + "weight", 1) * tp
+    family, heads = (
+        (said.config.family, said.config.true_heads or said.config.heads) if said.config else (said.family, said.heads)
+    )
+    known = KNOWN.get((hidden, layers, ffn))
+    family, heads = family or (known[0] if known else "hf-clip"), heads or (known[1] if known else None)
+    if not heads or hidden % heads:
+        found = f"{heads} do not divide its {hidden} entries" if heads else "nothing says it"
+        raise ConfigError(
+            f"{where}: how many attention heads the vision tower has cannot be measured, and {found}; "
+            f"give {HEADS_FLAG} N, or --loader.config FOLDER (its config.json)"
+        )
+    head_dim = said.config.head_dim if said.config else hidden // heads
+    stored = _size(shapes, _PROJ + "weight", 1) * tp // head_dim
+    true = heads if stored != heads else None
+    if said.config is not None:
+        return replace(said.config, heads=stored, kv_heads=stored, true_heads=true)
+    return ModelConfig(
+        family, layers, hidden, stored, stored, head_dim, ffn, 0, true_heads=true, **_measured(shapes, tp, hidden, ffn)
+    )
+
+
+def _hidden(shapes: Dict[str, Shape], where: str) -> int:
+    for name in ("class_token", "position_embeddings.weight", "position_embeddings", "conv1.weight"):
+        if name in shapes:
+            return shapes[name][0 if name == "conv1.weight" else -1]
+    raise ConfigError(f"{where}: the vision tower has neither patches nor positions")
+
+
+def _size(shapes: Dict[str, Shape], name: str, axis: int) -> int:
+    shape = shapes.get(name, ())
+    return shape[axis] if len(shape) > axis else 0
+
+
+def _measured(shapes: Dict[str, Shape], tp: int, hidden: int, ffn: int) -> dict[str, Any]:
+    """All that shapes and names tell beyond sizes of the layers."""
+    linear = "embedder.weight" in shapes
+    patch = round((_size(shapes, "embedder.weight", 1) / 3) ** 0.5) if linear else _size(shapes, "conv1.weight", 2)
+    positions = _size(shapes, "position_embeddings.weight", 0) or _size(shapes, "position_embeddings", 1)
+    tokens = 0 if "class_token" not in shapes else shapes["class_token"][-2]
+    norm_bias = _QKV + "layer_norm_bias" in shapes or "decoder.layers.0.input_layernorm.bias" in shapes
+    side = int((positions - (0 if linear else tokens)) ** 0.5)
+    return {
+        "kind": "vision",
+        "max_positions": positions,
+        "learned_positions": positions > 0,
+        "rope": None,
+        "norm": "layernorm" if norm_bias else "rmsnorm",
+        "activation": "gelu",
+        "glu": _size(shapes, _FC1 + "weight", 0) * tp == 2 * ffn,
+        "qkv_bias": _QKV + "bias" in shapes,
+        "out_bias": _PROJ + "bias" in shapes,
+        "mlp_bias": _FC2 + "bias" in shapes,
+        "final_norm": "ln_post.weight" in shapes,
+        "pre_norm": "ln_pre.weight" in shapes,
+        "qk_norm_full": "decoder.layers.0.self_attention.q_layernorm.weight" in shapes,
+        "layer_scale": "decoder.layers.0.ls1" in shapes,
+        "class_tokens": tokens,
+        "mask_token": "mask_token" in shapes,
+        "patch": patch,
+        "patch_bias": "conv1.bias" in shapes or "embedder.bias" in shapes,
+        "patch_linear": linear,
+        "image": side * patch,
+    }
+
+
+def projector(shapes: Dict[str, Shape], tp: int) -> ModelConfig:
+    """The projector's config: everything about it can be measured."""
+    hidden, local = shapes.get("linear_fc2.weight", (0, 0))
+    bias = "linear_fc1.layer_norm_bias" in shapes
+    return projector_config(
+        inputs=_size(shapes, "linear_fc1.weight", 1),
+        ffn=local * tp,
+        hidden=hidden,
+        pre_norm="linear_fc1.layer_norm_weight" in shapes,
+        norm="layernorm" if bias else "rmsnorm",
+        mlp_bias="linear_fc1.bias" in shapes,
+    )
+
+
+def split_ranks(contents: Sequence[RankContent]) -> list[RankContent]:
+    """The language model's part of every rank of a multimodal model."""
+    return [part(content, LANGUAGE) for content in contents]
+
+
+def with_extra_state(extra: ExtraState, tensors: Dict[str, Tensor], *, last: bool) -> dict[str, object]:
+    """A chunk's tensors with the `_extra_state` entries of their modules, part by part."""
+    if is_vision(tensors):
+        return _beside_linears(tensors, extra)
+    if not is_multimodal(tensors):
+        return extra.beside(tensors, last=last)
+    out: dict[str, object] = {}
+    for prefix in (LANGUAGE, VISION, PROJECTOR):
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        beside = extra.beside(own, last=last) if prefix == LANGUAGE else _beside_linears(own, extra)
+        out |= {prefix + name: value for name, value in beside.items()}
+    return out
+
+
+def _beside_linears(tensors: Dict[str, Tensor], extra: ExtraState) -> dict[str, object]:
+    """Megatron's own converters of towers put None beside every linear layer, and its models ignore these entries."""
+    out: dict[str, object] = {}
+    for name, tensor in tensors.items():
+        out[name] = tensor
+        module, _, kind = name.rpartition(".")
+        if extra.te is not None and kind == "weight" and module.endswith(LINEAR):
+            out[f"{module}.{EXTRA_STATE}"] = None
+    return out
+
+
+def padded_heads(config: ModelConfig, tp: int) -> int | None:
+    """Heads with dummy ones that tp can cut, for InternViT, whose number nothing divides; None: as they are."""
+    if config.kind != "vision" or not config.qk_norm_full:
+        return None
+    true = config.true_heads or config.heads
+    return -(-true // tp) * tp

@@ -1,19 +1,25 @@
-"""Edits of the canonical graph between import and export: dtype, vocabulary rows, what travels along. Each is a pure function."""
+"""Edits of the canonical graph between import and export: dtype, vocabulary rows, what travels along. Each is a pure function.
+
+Only the mean of rows, where one is asked for, reads bytes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
+
 from ckptconv.checkpoint import Checkpoint, Key
 from ckptconv.dtypes import DTYPES, DType
-from ckptconv.errors import ConfigError, UsageError
+from ckptconv.errors import ConfigError, UsageError, ValueLossError
 from ckptconv.mapping import Mapping
 from ckptconv.nodes import Fill, concat
 from ckptconv.tensor import Tensor
-from ckptconv.values import Cast
+from ckptconv.values import UINT, Array, Cast
 
 STATE_SLOTS = frozenset({"exp_avg", "exp_avg_sq"})  # moments: padded with zeros, never cast
+CHUNK = 1 << 22  # bytes read at once for a mean
 RowOf = Callable[
     [Key, Tensor, int], Tensor
 ]  # (name, the true rows, vocabulary axis) -> the one row that new ones repeat
@@ -74,7 +80,44 @@ def zero_row(key: Key, kept: Tensor, axis: int) -> Tensor:
     return Fill((*kept.shape[:axis], 1, *kept.shape[axis + 1 :]), kept.dtype)
 
 
-FILLS: dict[str, RowOf] = {"last": last_row, "zero": zero_row}
+def mean_row(key: Key, kept: Tensor, axis: int) -> Tensor:
+    """The mean of the true rows, as constants.
+
+    It is worked out at once, by reading them: a node for it would have to see a whole tensor to make any part of a row.
+    """
+    bits = np.ascontiguousarray(mean(key, kept, axis)).view(UINT[kept.dtype.itemsize]).reshape(-1)
+    ones = [Fill((1,) * len(kept.shape), kept.dtype, int(bit)) for bit in bits]
+    return concat(ones, 1 - axis) if len(ones) > 1 else ones[0]
+
+
+def mean(key: Key, kept: Tensor, axis: int) -> Array:
+    """The mean along one axis, which keeps size 1: summed in fp64, a stretch of rows after the other, and rounded once."""
+    if not kept.dtype.is_float:
+        raise ConfigError(f"{key} is {kept.dtype}: there is no mean of such values; choose zero or last")
+    size = kept.shape[axis]
+    step = max(1, CHUNK * size // max(kept.nbytes, 1))
+    total = np.zeros((), np.float64)
+    for start in range(0, size, step):
+        values = kept.narrow(axis, start, min(start + step, size)).numpy()
+        total = total + values.astype(np.float64).sum(axis, keepdims=True)
+    result = _rounded(total / size, kept.dtype)
+    if not np.isfinite(result.astype(np.float64)).all():
+        raise ValueLossError(f"{key}: the mean of its rows is not finite: there are infinities or NaN in it")
+    return result
+
+
+def _rounded(exact: Array, dtype: DType) -> Array:
+    """fp64 in a narrower type. numpy goes by way of fp32 to some, which would be two roundings: an odd fp32 in between, where
+    it is not exact, lies on no border of theirs."""
+    if dtype.itemsize >= 4:
+        return exact.astype(dtype.numpy)
+    near = exact.astype(np.float32)
+    near = np.where(np.abs(near) > np.abs(exact), np.nextafter(near, np.float32(0)), near)
+    near.view(np.uint32)[...] |= near != exact
+    return near.astype(dtype.numpy)
+
+
+FILLS: dict[str, RowOf] = {"last": last_row, "zero": zero_row, "mean": mean_row}
 
 
 def vocabulary_axes(key: Key, mapping: Mapping) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from ckptconv.megatron.saving import vocab_rows
 from ckptconv.megatron.versions import LOCAL, OLDEST, TE, Core, te_version
 from ckptconv.nemo import loading, saving
 from ckptconv.nemo.model_config_write import Form, refuse_inexpressible
+from ckptconv.passes import FILLS
 from ckptconv.plan import Plan
 from ckptconv.topology import Topology, even
 
@@ -57,14 +58,21 @@ class NemoSave:
             "(default: ranks for legacy models and where a layout is asked for or the source has one)"
         },
     )
-    backend: str = field(
-        default=TORCH_DIST, metadata={"help": f"of distributed weights: {TORCH_DIST}, or {ZARR} (NeMo up to 1.23)"}
+    backend: str | None = field(
+        default=None,
+        metadata={"help": f"of distributed weights: {TORCH_DIST} (default), or {ZARR} (NeMo up to 1.23)"},
     )
-    transformer_impl: str = field(default=TE, metadata={"help": f"modules of Megatron-Core models: {TE} or {LOCAL}"})
+    transformer_impl: str | None = field(
+        default=None,
+        metadata={"help": f"modules of Megatron-Core models: {TE} or {LOCAL} (default: as the source, else {TE})"},
+    )
     te_version: str = field(
         default="1.11", metadata={"help": "TransformerEngine that loads them: decides the kind of _extra_state"}
     )
-    vocab_fill: str = field(default="zero", metadata={"help": "rows that pad the vocabulary: zero, as NeMo, or last"})
+    vocab_fill: str = field(
+        default="zero",
+        metadata={"help": "new rows that pad the vocabulary: zero, as NeMo; last, the last true row; or mean, of all"},
+    )
     tokenizer: Path | None = field(
         default=None, metadata={"help": "sentencepiece model to pack (default: the source's)"}
     )
@@ -107,30 +115,32 @@ class Nemo:
         return saving.save(stored, request, _archive(stored, options))
 
     def usage(self, stored: Stored, dst: str, options: NemoSave) -> str:
-        return (
-            "from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel\n"
-            f"model = MegatronGPTModel.restore_from(restore_path={dst!r}, trainer=trainer)"
-        )
+        lines = [
+            "from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel",
+            f"model = MegatronGPTModel.restore_from(restore_path={dst!r}, trainer=trainer)",
+        ]
+        return "\n".join([*lines, *(f"note: {note}" for note in saving.notes(stored, options.tokenizer))])
 
 
 def _check_choices(options: NemoSave) -> None:
     for name, given, known in (
         ("weights", options.weights, (None, "distributed", "ranks")),
-        ("backend", options.backend, (TORCH_DIST, ZARR)),
-        ("transformer-impl", options.transformer_impl, (TE, LOCAL)),
-        ("vocab-fill", options.vocab_fill, ("zero", "last")),
+        ("backend", options.backend, (None, TORCH_DIST, ZARR)),
+        ("transformer-impl", options.transformer_impl, (None, TE, LOCAL)),
+        ("vocab-fill", options.vocab_fill, tuple(FILLS)),
     ):
         if given not in known:
             raise UsageError(f"--saver.{name} {given}: choose {' or '.join(k for k in known if k)}")
 
 
-def _form(options: NemoSave, raw: Dict[str, object], variant: frozenset[str]) -> Form:
-    """As asked for, else as in a NeMo source, else for Megatron-Core."""
-    mcore = options.mcore_gpt if options.mcore_gpt is not None else bool(raw.get("mcore_gpt", True))
-    legacy = not mcore
-    return Form(
-        mcore, options.transformer_impl == TE, legacy and "qkv_v0" in variant, legacy and "gate_apart" in variant
-    )
+def _form(options: NemoSave, source: Dict[str, object], variant: frozenset[str]) -> Form:
+    """As asked for, else as in a NeMo source, else for Megatron-Core with TransformerEngine."""
+    core = source.get("mcore_gpt", True) is True
+    mcore = core if options.mcore_gpt is None else options.mcore_gpt
+    te = not (core and source.get("transformer_engine") is False)
+    if options.transformer_impl is not None:
+        te = options.transformer_impl == TE
+    return Form(mcore, te, not mcore and "qkv_v0" in variant, not mcore and "gate_apart" in variant)
 
 
 def _distributed(options: NemoSave, form: Form, topology: Topology, mapping: str) -> bool:
@@ -147,20 +157,23 @@ def _distributed(options: NemoSave, form: Form, topology: Topology, mapping: str
         raise TopologyError(
             "distributed weights are whole tensors, cut when NeMo loads them: no --tp or --pp (--saver.weights ranks)"
         )
+    if wanted != "distributed" and options.backend is not None:
+        raise UsageError(
+            f"--saver.backend {options.backend}: about distributed weights, and these are a file for each rank "
+            "(--saver.weights distributed)"
+        )
     return wanted == "distributed"
 
 
 def _archive(stored: Stored, options: NemoSave) -> saving.Archive:
     """The same choices, from what was made of them."""
-    legacy = "nemo-legacy" in (stored.mapping.name, stored.mapping.extends)
-    local = options.transformer_impl == LOCAL
-    te = None if local or legacy else te_version(options.te_version)
-    form = Form(not legacy, not local, "qkv_v0" in stored.variant, "gate_apart" in stored.variant)
+    form = _form(options, saving.raw(stored.extras), stored.variant)
+    te = te_version(options.te_version) if form.mcore and form.transformer_engine else None
     return saving.Archive(
         form,
-        ExtraState(Core(OLDEST), te, "sequential", legacy=legacy),
+        ExtraState(Core(OLDEST), te, "sequential", legacy=not form.mcore),
         distributed="norm_apart" in stored.variant,
-        filing=Filing(options.backend, 2),
+        filing=Filing(options.backend or TORCH_DIST, 2),
         tokenizer=options.tokenizer,
         pack=options.pack,
     )

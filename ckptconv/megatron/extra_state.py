@@ -1,16 +1,19 @@
-"""`_extra_state` entries beside the weights: which modules have one, and what it is for a TransformerEngine version."""
+"""`_extra_state` entries beside the weights: which modules have one, what for which TransformerEngine, and if it holds something."""
 
 from __future__ import annotations
 
 import io
 import re
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
 
-from ckptconv.containers.pickled import bytes_io
+from ckptconv.containers.pickled import bytes_io, bytes_of
+from ckptconv.containers.unpickle import Unpickler
 from ckptconv.dtypes import UINT8
+from ckptconv.errors import FormatError
 from ckptconv.leaves import full
 from ckptconv.megatron.measure import LAYER
 from ckptconv.megatron.versions import Core, Version
@@ -18,6 +21,7 @@ from ckptconv.nodes import Fill, concat
 from ckptconv.tensor import Tensor
 
 NAME = "_extra_state"
+MOST_OF_NOTHING = 1024  # bytes of a pickle: None takes 4, an empty dictionary under 50
 _LINEAR = re.compile(r"(?:self_attention|mlp(?:\.experts(?:\.local_experts\.\d+)?)?)\.linear_(?:proj|qkv|fc1|fc2)$")
 _EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 _LAYER_ORDER = ("input_layernorm.", "self_attention.", "pre_mlp_layernorm.", "mlp.router.", "mlp.")
@@ -104,3 +108,57 @@ def saved_none() -> bytes:
         for name, content in (("archive/data.pkl", b"\x80\x02N."), ("archive/version", b"3\n")):
             archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), content)
     return buffer.getvalue()
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def contents(values: Iterable[object]) -> Iterator[str]:
+    """A word for entries that hold something: scaling factors of fp8 training, for which there is no place.
+
+    Of tensors one of each size is opened; what says nothing is as long in every module.
+    """
+    seen: set[int | bytes] = set()
+    for value in values:
+        kind = value.nbytes if isinstance(value, Tensor) else bytes_of(value)
+        if kind in seen:
+            continue
+        if holds_something(value):
+            yield "_extra_state with contents (fp8 scaling factors)"
+            return
+        if kind is not None:
+            seen.add(kind)
+
+
+def holds_something(value: object) -> bool:
+    """Whether an entry says anything. What cannot be told is taken to; each version has its own way of saying nothing."""
+    if isinstance(value, list) and len(value) == 1:  # an object of a distributed checkpoint
+        (value,) = value
+    if isinstance(value, Tensor):
+        return value.nbytes > MOST_OF_NOTHING or (value.nbytes > 0 and _pickled(value.numpy().tobytes()))
+    data = bytes_of(value)
+    return not _is_nothing(value) if data is None else bool(data) and _saved(data)
+
+
+def _is_nothing(value: object) -> bool:
+    return value is None or (isinstance(value, dict | list | tuple) and not value)
+
+
+def _saved(data: bytes) -> bool:
+    """Whether what torch.save wrote, or pickle, holds something."""
+    if not data.startswith(b"PK"):
+        return len(data) > MOST_OF_NOTHING or _pickled(data)
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            records = [record for record in archive.infolist() if "/data/" in record.filename]
+            (pickle,) = (record for record in archive.infolist() if record.filename.endswith("/data.pkl"))
+            return bool(records) or pickle.file_size > MOST_OF_NOTHING or _pickled(archive.read(pickle))
+    except (zipfile.BadZipFile, zlib.error, ValueError, RuntimeError, EOFError, OSError):
+        return True
+
+
+def _pickled(data: bytes) -> bool:
+    try:
+        return not _is_nothing(Unpickler(data, NAME).load())
+    except FormatError:
+        return True

@@ -12,7 +12,8 @@ from ckptconv.errors import FormatError
 
 SCHEME = "nemo:"
 # what a GPT model may bring with it; a Hugging Face tokenizer is named in tokenizer.type and never packed
-TOKENIZER_KEYS = ("tokenizer.model", "tokenizer.vocab_file", "tokenizer.merge_file")
+MODEL = "tokenizer.model"
+TOKENIZER_KEYS = (MODEL, "tokenizer.vocab_file", "tokenizer.merge_file")
 # each save of an extracted file puts one more in front
 _HASHES = re.compile(r"(?:[0-9a-f]{32}_)+(?=.)")
 
@@ -45,15 +46,20 @@ def uri(member: str) -> str:
 
 
 def find(raw: Dict[str, object], members: Collection[str], where: object) -> tuple[Artifact, ...]:
-    """Every artifact that a configuration refers to; a `nemo:` one that is not among the archive's members is an error."""
+    """Every artifact that a configuration refers to, as `nemo:NAME` or (old files) by a member's bare name.
+
+    A `nemo:` one that is not among the archive's members is an error.
+    """
     found, absent = [], []
     for key, value in _texts(raw, ""):
         if value.startswith(SCHEME):
             member = _checked(value.removeprefix(SCHEME), key, where)
             found.append(Artifact(key, value, member))
             absent += [] if member in members else [f"{key}: {value}"]
+        elif (inside := value.removeprefix("./")) in members:
+            found.append(Artifact(key, value, inside))
         elif key in TOKENIZER_KEYS and value:
-            found.append(Artifact(key, value, _unhashed(value, members)))
+            found.append(Artifact(key, value, None))  # a path of another machine
     if absent:
         raise FormatError(where, f"refers to files that are not there: {', '.join(absent)}; is the archive complete?")
     return tuple(found)
@@ -76,9 +82,3 @@ def _checked(member: str, key: str, where: object) -> str:
     if member.startswith("/") or any(part in ("", ".", "..") for part in parts) or "\0" in member:
         raise FormatError(where, f"{key} is {SCHEME}{member[:120]!r}: not a name inside the archive")
     return "/".join(parts)
-
-
-def _unhashed(value: str, members: Collection[str]) -> str | None:
-    """The member of an old file, which names it by a path relative to the archive; or else nothing, a path of another machine."""
-    inside = value.removeprefix("./")
-    return inside if inside in members else None

@@ -3,45 +3,60 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from collections.abc import Mapping as Dict
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
 from ckptconv.checkpoint import Stored
 from ckptconv.containers import dcp, gzipped, json_file, tar, torch_file, zarr2
+from ckptconv.containers.dcp_metadata import NAME as METADATA
 from ckptconv.containers.ranges import HeaderReader
 from ckptconv.containers.tar import Tar
 from ckptconv.errors import FormatError, UsageError
 from ckptconv.formats import Request
+from ckptconv.huggingface.files import UNMENTIONED
+from ckptconv.mapping import Mapping
 from ckptconv.mapping_files import chosen
-from ckptconv.megatron import hf_beside
-from ckptconv.megatron.args_read import ArgsLayout
-from ckptconv.megatron.dist_loading import TELLING, ZARR, Contents, from_whole, of_torch_dist, of_zarr
-from ckptconv.megatron.folders import RankFile
+from ckptconv.megatron import extra_state, hf_beside
+from ckptconv.megatron.args_read import ArgsLayout, Statement
+from ckptconv.megatron.dist_loading import COMMON, TELLING, ZARR, Contents, from_whole, of_torch_dist, of_zarr
+from ckptconv.megatron.folders import DIGESTS, RankFile
+from ckptconv.megatron.hf_beside import Beside
 from ckptconv.megatron.loading import Kind, from_ranks
 from ckptconv.megatron.measure import MCORE
-from ckptconv.megatron.rank_file import RankContent, model_tensors
+from ckptconv.megatron.rank_file import KNOWN, RankContent, model_tensors, state_of, step_of
 from ckptconv.nemo import artifacts, model_config
+from ckptconv.nemo.artifacts import Artifact
 from ckptconv.nemo.model_config import NemoConfig
 from ckptconv.nemo.names import LEGACY, joined_gates, prefix_of
+from ckptconv.sizes import human
 from ckptconv.source import Source, whole
 from ckptconv.tensor import Tensor
 
 WEIGHTS, DISTRIBUTED = "model_weights.ckpt", "model_weights/"
+IN_DISTRIBUTED = (METADATA, TELLING, COMMON, DIGESTS)
 RANKS = re.compile(r"(?:mp_rank_(\d{2,6})/|tp_rank_(\d{2,6})_pp_rank_(\d{3,6})/)?" + re.escape(WEIGHTS))
+KINDS = {  # what a dialect says; distributed tensors have the same names with TransformerEngine and without
+    "nemo-legacy": {"mcore_gpt": False},
+    "nemo-mcore": {"mcore_gpt": True, "transformer_engine": True},
+    "nemo-mcore-local": {"mcore_gpt": True, "transformer_engine": False},
+}
 MAX_CONFIG, MAX_TOKENIZER = 4 << 20, 64 << 20
 TOKENIZER = "tokenizer.model"
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """An archive, its configuration, and the tokenizer: what the model's vocabulary is known by."""
+    """An archive, its configuration, the sentencepiece model (what the vocabulary is known by), and the files referred to."""
 
     archive: Tar
     config: NemoConfig
     tokenizer: Source | None
+    artifacts: tuple[Artifact, ...]
+    notes: tuple[str, ...] = ()
 
 
 def is_nemo(path: Path) -> bool:
@@ -53,6 +68,7 @@ def is_nemo(path: Path) -> bool:
 
 def open_archive(path: Path, scratch: Path | None, tokenizer: Path | None, *, plain_rope: bool) -> Opened:
     """The archive in place; a gzip'ed one is unpacked once, into the folder `scratch`."""
+    notes: tuple[str, ...] = ()
     if path.is_dir():
         archive = tar.open_folder(path)
     elif gzipped.is_gzip(path):
@@ -60,7 +76,9 @@ def open_archive(path: Path, scratch: Path | None, tokenizer: Path | None, *, pl
             raise UsageError(
                 f"{path} is compressed and has to be unpacked once: say into which folder with --loader.scratch FOLDER"
             )
-        archive = tar.open_tar(gzipped.unpacked(path, scratch), str(path))
+        plain = gzipped.unpacked(path, scratch)
+        archive = tar.open_tar(plain, str(path))
+        notes = (f"unpacked into {plain} ({human(plain.stat().st_size)}): remove it when the result is there",)
     else:
         archive = tar.open_tar(path)
     member = archive.members.get(model_config.NAME)
@@ -68,10 +86,15 @@ def open_archive(path: Path, scratch: Path | None, tokenizer: Path | None, *, pl
         raise FormatError(path, f"has no {model_config.NAME}: it is no checkpoint of NeMo")
     where = f"{path}!{model_config.NAME}"
     config = model_config.read(content(member, where, MAX_CONFIG), where, plain_rope=plain_rope)
-    found = artifacts.find(config.raw, archive.members, where)
-    packed = next((a.member for a in found if a.key == "tokenizer.model" and a.member), None)
+    found = artifacts.find(config.raw, [name for name in archive.members if not _is_own(name)], where)
+    packed = next((a.member for a in found if a.key == artifacts.MODEL and a.member and config.sentencepiece), None)
     given = whole(str(tokenizer)) if tokenizer is not None else None
-    return Opened(archive, config, given or (archive.members[packed] if packed else None))
+    return Opened(archive, config, given or (archive.members[packed] if packed else None), found, notes)
+
+
+def _is_own(name: str) -> bool:
+    """Whether a member is the configuration or weights, and so none of the files that the configuration refers to."""
+    return name == model_config.NAME or name.startswith(DISTRIBUTED) or RANKS.fullmatch(name) is not None
 
 
 def content(source: Source, where: str, limit: int) -> bytes:
@@ -88,25 +111,39 @@ def load(path: Path, opened: Opened, config: Path | None, request: Request, form
     tokens = content(opened.tokenizer, f"{path}!{TOKENIZER}", MAX_TOKENIZER) if opened.tokenizer else None
     said = model_config.statement(nemo, request.vocab or model_config.vocabulary(nemo, tokens, f"{path}!{TOKENIZER}"))
     beside = hf_beside.find(config, None, request)
-    inside = {n.removeprefix(DISTRIBUTED): s for n, s in archive.members.items() if n.startswith(DISTRIBUTED)}
     forms = _forms(archive)
     if len(forms) > 1:
         raise FormatError(path, f"holds the weights in more than one form: {' and '.join(forms)}; which of them count?")
+    inside = archive.below(DISTRIBUTED.removesuffix("/"))
     if inside:
-        _check_kind(nemo, legacy=False)
-        said = replace(said, layout=ArgsLayout())
-        held = _contents(f"{path}!{DISTRIBUTED}", inside, check=request.check)
-        _refuse_without_language_model(nemo, held.shapes, path)
-        stored = from_whole(held, said, beside, request, str(path), format_name)
+        stored = _whole(path, inside, nemo, said, beside, request, format_name)
     else:
         contents = _ranks(path, archive, check=request.check)
         _refuse_without_language_model(nemo, [name for rank in contents for name in rank.chunks[0]], path)
         stored = from_ranks(contents, said, beside, request, _kind(contents, nemo, request, format_name), path)
-    files = {**stored.extras.files, **({TOKENIZER: opened.tokenizer} if opened.tokenizer else {})}
-    objects = {**stored.extras.objects, "nemo": nemo.raw}
-    notes = (*nemo.notes, *stored.extras.notes)
+    referred = {a.member: archive.members[a.member] for a in opened.artifacts if a.member}
+    files = {**stored.extras.files, **referred, **({TOKENIZER: opened.tokenizer} if opened.tokenizer else {})}
+    objects = {**stored.extras.objects, "nemo": nemo.raw | _kind_of(stored.mapping)}
+    notes = (*opened.notes, *nemo.notes, *stored.extras.notes, *_behind(opened))
     extras = replace(stored.extras, files=files, objects=objects, notes=notes)
     return replace(stored, config=replace(stored.config, dtype=nemo.dtype), extras=extras)
+
+
+def _kind_of(mapping: Mapping) -> dict[str, bool]:
+    """What the names of the tensors say of the model, where the configuration may be silent or wrong."""
+    names = (mapping.name, mapping.extends)
+    return next((kind for name, kind in KINDS.items() if name in names), {"mcore_gpt": True})
+
+
+def _behind(opened: Opened) -> Iterator[str]:
+    """What of the archive does not go everywhere, or nowhere."""
+    referred = {a.member for a in opened.artifacts if a.member}
+    model = next((a.member for a in opened.artifacts if a.key == artifacts.MODEL and opened.config.sentencepiece), None)
+    if other := sorted(name for name in referred if name and name != model):
+        yield f"travel to another .nemo archive, and nowhere else: {', '.join(other)}"
+    rest = [name for name in opened.archive.members if not _is_own(name) and name not in referred]
+    if rest := sorted(name for name in rest if not any(fnmatchcase(name, pattern) for pattern in UNMENTIONED)):
+        yield f"left behind in the archive: {', '.join(rest)}"
 
 
 def _forms(archive: Tar) -> list[str]:
@@ -138,27 +175,68 @@ def _refuse_without_language_model(nemo: NemoConfig, names: Collection[str], pat
         )
 
 
-def _contents(where: str, files: Dict[str, Source], *, check: bool) -> Contents:
-    """A distributed checkpoint inside the archive, under the names that Megatron-Core has for it."""
-    told = json_file.read(files[TELLING]) if TELLING in files else {}
-    if told.get("sharded_backend") == ZARR:
-        return _bare(of_zarr(zarr2.interpret(where, files)), where)
-    return _bare(of_torch_dist(dcp.interpret(where, files), check=check), where)
+def _whole(
+    path: Path,
+    files: Dict[str, Source],
+    nemo: NemoConfig,
+    said: Statement,
+    beside: Beside,
+    request: Request,
+    format_name: str,
+) -> Stored:
+    """A distributed checkpoint inside the archive, with what its `common.pt` holds."""
+    _check_kind(nemo, legacy=False)
+    where = f"{path}!{DISTRIBUTED}"
+    zarr = TELLING in files and json_file.read(files[TELLING]).get("sharded_backend") == ZARR
+    held = (
+        of_zarr(zarr2.interpret(where, files))
+        if zarr
+        else of_torch_dist(dcp.interpret(where, files), check=request.check)
+    )
+    held = _bare(held, where)
+    _refuse_without_language_model(nemo, held.shapes, path)
+    stored = from_whole(held, replace(said, layout=ArgsLayout()), beside, request, str(path), format_name)
+    common = _common(files, where)
+    state = list(dict.fromkeys([*state_of(common), *stored.extras.state]))
+    notes = [*stored.extras.notes]
+    if strays := sorted(str(key)[:60] for key in common if key not in KNOWN or key == "args"):
+        notes.append(f"left behind in {COMMON}: {', '.join(strays)}")
+    if strays := sorted(name for name in files if not _is_of_backend(name, zarr=zarr)):
+        notes.append(f"left behind in {DISTRIBUTED}: {', '.join(strays)}")
+    if zarr and request.check:
+        notes.append("--check: the chunks of zarr arrays have no checksums of their own")
+    step = step_of(common, Path(where + COMMON))
+    extras = replace(stored.extras, step=step, notes=tuple(notes), objects={"state": state})
+    return replace(stored, extras=extras)
+
+
+def _common(files: Dict[str, Source], where: str) -> dict[object, object]:
+    """What is not cut over ranks: nothing, in files as NeMo writes them."""
+    saved = torch_file.read(files[COMMON], where=where + COMMON) if COMMON in files else {}
+    if not isinstance(saved, dict):
+        raise FormatError(where + COMMON, f"holds a {type(saved).__name__}, expected a dictionary")
+    return saved
+
+
+def _is_of_backend(name: str, *, zarr: bool) -> bool:
+    """Whether a file's place in a distributed checkpoint is known; arrays are folders, of which no file is left out."""
+    return name in IN_DISTRIBUTED or (zarr and "/" in name) or (not zarr and name.endswith(dcp.SUFFIX))
 
 
 def _bare(contents: Contents, where: str) -> Contents:
-    """The same without what NeMo puts before every name."""
+    """The same without what NeMo puts before every name of the model."""
     prefix = prefix_of([*contents.shapes, *contents.objects], where)
-    n = len(prefix)
+    full = {key.removeprefix(prefix): key for key in (*contents.shapes, *contents.objects)}
 
     def tensors(keys: list[str]) -> dict[str, Tensor]:
-        return {key[n:]: tensor for key, tensor in contents.tensors([prefix + key for key in keys]).items()}
+        found = contents.tensors([full[key] for key in keys])
+        return {key: found[full[key]] for key in keys}
 
     return Contents(
-        {key[n:]: shape for key, shape in contents.shapes.items()},
-        {key[n:]: nbytes for key, nbytes in contents.objects.items()},
+        {key: contents.shapes[name] for key, name in full.items() if name in contents.shapes},
+        {key: contents.objects[name] for key, name in full.items() if name in contents.objects},
         tensors,
-        lambda key: contents.value(prefix + key),
+        lambda key: contents.value(full[key]),
         contents.unused,
     )
 
@@ -177,7 +255,8 @@ def _ranks(path: Path, archive: Tar, *, check: bool) -> list[RankContent]:
         prefix = prefix_of([str(key) for key in saved], where)
         tensors = model_tensors(saved, partial(_without, prefix), where)
         file = RankFile(numbers, Path(name if "/" in name else f"{path.name}/{name}"))
-        found[numbers] = RankContent(file, (tensors,), None, None, None)
+        extra = (value for key, value in saved.items() if str(key).endswith(extra_state.NAME))
+        found[numbers] = RankContent(file, (tensors,), None, None, None, strays=tuple(extra_state.contents(extra)))
     if not found:
         raise FormatError(
             path, f"holds no weights: neither {WEIGHTS} (alone, or in folders of ranks) nor {DISTRIBUTED}"

@@ -78,6 +78,11 @@ class NemoConfig:
         return frozenset({"qkv_v0" if self.megatron_legacy else "qkv_v2", gate})
 
     @property
+    def sentencepiece(self) -> bool:
+        """Whether `tokenizer.model` is a file of sentencepiece; it may be of another library."""
+        return self.tokenizer.get("library") in (None, "sentencepiece")
+
+    @property
     def multimodal(self) -> bool:
         """Whether there is an image encoder or its projector beside the language model (NeVA)."""
         return bool(self.raw.get("mm_cfg"))
@@ -121,7 +126,7 @@ def vocabulary(nemo: NemoConfig, tokenizer: bytes | None, where: object = "token
     override = nemo.args.get("padded_vocab_size")
     if isinstance(override, int):
         return override
-    if tokenizer is None or nemo.tokenizer.get("library") not in (None, "sentencepiece"):
+    if tokenizer is None or not nemo.sentencepiece:
         return None
     pieces = sentencepiece.pieces(tokenizer, where)
     more = nemo.tokenizer.get("additional_special_tokens")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Mapping as Dict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,19 +71,55 @@ def save(stored: Stored, request: Request, archive: Archive) -> Plan:
         raise ConfigError(
             f"optimizer state ({', '.join(slots)}) has no place in a .nemo archive: --optimizer drop leaves it out"
         )
-    source = whole(str(archive.tokenizer)) if archive.tokenizer else stored.extras.files.get(TOKENIZER)
-    tokenizer, members = _tokenizer(source, raw(stored.extras))
     settings = raw(stored.extras)
+    source = _sentencepiece(stored, archive.tokenizer)
+    tokenizer, members = _tokenizer(source, settings)
+    members += _carried(stored.extras, new_model=source is not None)
     text = write(
         stored.config, stored.topology, archive.form, stored.config.dtype or FP32, tokenizer,
         divisor=divisor(stored.config, stored.extras, request), carried=settings or None,
     )  # fmt: skip
     members.append((model_config.NAME, text))
     members += _distributed(stored, archive) if archive.distributed else _ranks(stored, archive)
-    about: dict[str, object] = {"tokenizer": "packed" if source else "not packed: NeMo needs one beside the archive"}
+    about: dict[str, object] = {"format_notes": list(notes(stored, archive.tokenizer))}
     if archive.pack:
         return Plan((tar_write.layout("archive.nemo", members),), about=about, single=True)
     return Plan(tuple(_loose(name, body) for name, body in members), about=about)
+
+
+def notes(stored: Stored, tokenizer: Path | None) -> Iterator[str]:
+    """What the source has and the archive has not."""
+    extras = stored.extras
+    referred = _referred(extras)
+    if left := sorted(extras.files.keys() - {TOKENIZER, *(member for member, _ in referred)}):
+        yield f"an archive has no place for {', '.join(left)}"
+    if _sentencepiece(stored, tokenizer) is None and not any(key in artifacts.TOKENIZER_KEYS for _, key in referred):
+        yield (
+            "no tokenizer is packed: NeMo takes one of Hugging Face by its name or folder (tokenizer.library=huggingface, "
+            "tokenizer.type); a sentencepiece model is packed with --saver.tokenizer FILE"
+        )
+
+
+def _sentencepiece(stored: Stored, given: Path | None) -> Source | None:
+    """The model to pack: the one given, else the source's."""
+    return whole(str(given)) if given else stored.extras.files.get(TOKENIZER)
+
+
+def _referred(extras: Extras) -> list[tuple[str, str]]:
+    """(member, key) for each file of a NeMo source that its configuration refers to."""
+    found = artifacts.find(raw(extras), extras.files, model_config.NAME)
+    return [(artifact.member, artifact.key) for artifact in found if artifact.member]
+
+
+def _carried(extras: Extras, *, new_model: bool) -> list[Member]:
+    """Those files, under the names they have there; `new_model`: but for the tokenizer's, which is written anew."""
+    kept = dict.fromkeys(m for m, key in _referred(extras) if not (new_model and key == artifacts.MODEL))
+    return [(member, _copied(member, extras.files[member])) for member in kept]
+
+
+def _copied(name: str, source: Source) -> File:
+    body = contiguous(source, (source.nbytes,), UINT8)
+    return File(name, source.nbytes, (Segment(0, body, name),) if source.nbytes else ())
 
 
 def _loose(name: str, body: File | bytes) -> File:
@@ -100,9 +137,7 @@ def _tokenizer(source: Source | None, settings: Dict[str, object]) -> tuple[Toke
     data = content(source, source.path, MAX_TOKENIZER)
     member = artifacts.stored_name(TOKENIZER, data)
     told = {**LIBRARY, **kept, "library": "sentencepiece", "model": artifacts.uri(member)}
-    body = contiguous(source, (source.nbytes,), UINT8)
-    file = File(member, source.nbytes, (Segment(0, body, member),))
-    return Tokenizer(told, len(sentencepiece.pieces(data, source.path))), [(member, file)]
+    return Tokenizer(told, len(sentencepiece.pieces(data, source.path))), [(member, _copied(member, source))]
 
 
 def _distributed(stored: Stored, archive: Archive) -> list[Member]:

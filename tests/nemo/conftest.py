@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from tests.judge.conftest import expected, hf, ids
 from tests.unit.helpers.nemo import GZIPPED, nemo, nemo_gz
 
 __all__ = ["archive", "expected", "hf", "ids"]
+Files = dict[str, bytes]
 Archive = Callable[[str], Path]
 
 
@@ -26,3 +29,15 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
         return made[name]
 
     return get
+
+
+def packed(files: Files, path: Path, extra: tuple[tarfile.TarInfo, ...] = ()) -> Path:
+    """An archive of these files, by Python's tarfile; `extra` are headers without data."""
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        for info in extra:
+            archive.addfile(info)
+    return path

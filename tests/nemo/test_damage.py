@@ -13,25 +13,12 @@ import torch
 
 import ckptconv
 from ckptconv.testing.checkpoints import write_hf
-from tests.nemo.conftest import Archive
+from tests.nemo.conftest import Archive, Files, packed
 from tests.unit.helpers.nemo import PER_RANK, TORCH_DIST, contents
 from tools.golden_cases import convert
 
-Files = dict[str, bytes]
 Change = Callable[[Files], None]
 CONFIG = "model_config.yaml"
-
-
-def packed(files: Files, path: Path, extra: tuple[tarfile.TarInfo, ...] = ()) -> Path:
-    """An archive of these files, by Python's tarfile; `extra` are headers without data."""
-    with tarfile.open(path, "w") as archive:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-        for info in extra:
-            archive.addfile(info)
-    return path
 
 
 def refused(source: Path, work: Path, saver: str = "nemo") -> str:

@@ -16,12 +16,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ckptconv import passes
 from ckptconv.checkpoint import Key
+from ckptconv.dtypes import BF16, FP16, DType
 from ckptconv.errors import ConfigError, PlanError, ReplicaError, UsageError, ValueLossError
 from ckptconv.executor.execute import ExecuteOptions
+from ckptconv.leaves import full
 from ckptconv.mapping_files import load_mapping
+from ckptconv.nodes import concat
 from ckptconv.pipeline import Job, load, open_checkpoint
+from ckptconv.tensor import Tensor
 from ckptconv.testing.checkpoints import write_hf
-from ckptconv.tokenizer import growth
 from ckptconv.tokenizer.add_tokens import add_tokens
 from ckptconv.tokenizer.growth import Growth
 from ckptconv.tokenizer.tokens import Wanted
@@ -43,7 +46,7 @@ def expected(old: torch.Tensor, init: str, n: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("init", growth.INITS)
+@pytest.mark.parametrize("init", passes.FILLS)
 def test_new_rows_are_as_asked_for_and_all_else_as_it_was(fast: Path, tmp_path: Path, init: str, dtype: str) -> None:
     source = model(tmp_path, dtype=dtype)
     add_tokens(fast, tmp_path / "out", WANTED, Growth(source, 320, init))
@@ -103,18 +106,34 @@ def test_rows_that_are_there_stay_unless_they_are_said_to_be_padding(fast: Path,
 
 def test_a_mean_does_not_depend_on_how_much_is_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = load(model(tmp_path, dtype="fp32")).tensors[Key("embed.weight")]
-    whole = growth.mean(Key("embed.weight"), tensor, 0)
-    monkeypatch.setattr(growth, "CHUNK", 1000)
-    np.testing.assert_allclose(growth.mean(Key("embed.weight"), tensor, 0), whole, rtol=1e-6)
+    whole = passes.mean(Key("embed.weight"), tensor, 0)
+    monkeypatch.setattr(passes, "CHUNK", 1000)
+    np.testing.assert_allclose(passes.mean(Key("embed.weight"), tensor, 0), whole, rtol=1e-6)
     assert whole.shape == (1, 32)
 
 
-@pytest.mark.parametrize("shape", [(1, 5), (1,)])
-def test_a_row_of_constants_is_those_values(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    tensor = load(model(tmp_path)).tensors[Key("embed.weight")]
-    values = np.random.default_rng(1).normal(size=shape).astype(ml_dtypes.bfloat16)
-    row = growth.constant_row(values, tensor, 0)
-    assert row.expand(0, 3).numpy().tobytes() == np.repeat(values, 3, 0).tobytes()
+def rows(values: list[list[float]], dtype: DType) -> Tensor:
+    return concat([concat([full((1, 1), dtype, value) for value in row], 1) for row in values], 0)
+
+
+@pytest.mark.parametrize(("dtype", "half", "least"), [(BF16, 2.0**-8, 2.0**-38), (FP16, 2.0**-11, 2.0**-24)])
+def test_a_mean_is_rounded_once(dtype: DType, half: float, least: float) -> None:
+    """It lies just above the middle between two values. Rounded to fp32 first it would be that middle, and go to the even one."""
+    up = rows([[3], [3 * half], [least]], dtype)
+    down = rows([[-3], [-3 * half], [-least]], dtype)
+    for table, sign in ((up, 1), (down, -1)):
+        assert table.numpy().astype(np.float64).mean() != sign * (1 + half)
+        assert float(passes.mean(Key("embed.weight"), table, 0)[0, 0]) == sign * (1 + 2 * half)
+
+
+def test_a_row_of_constants_is_the_mean() -> None:
+    values = np.random.default_rng(1).normal(size=(7, 5)).astype(ml_dtypes.bfloat16)
+    table = rows(values.astype(float).tolist(), BF16)
+    row = passes.mean_row(Key("embed.weight"), table, 0)
+    expected = torch.tensor(values.astype(np.float64)).mean(0, keepdim=True).bfloat16().expand(3, 5)
+    assert row.expand(0, 3).numpy().astype(np.float64).tolist() == expected.double().tolist()
+    alone = passes.mean_row(Key("bias"), table.narrow(1, 0, 1).squeeze(1), 0)
+    assert alone.numpy().astype(np.float64).tolist() == expected[0, :1].double().tolist()
 
 
 def test_moments_of_an_optimizer_grow_by_zeros(tmp_path: Path) -> None:
@@ -156,7 +175,7 @@ def test_copies_that_should_be_equal_are_compared(fast: Path, tmp_path: Path) ->
     [
         ({"rows": 291}, "the tokenizer has 292 tokens now"),
         ({"rows": 295}, "the checkpoint has 300 rows; none may be lost"),
-        ({"rows": 400, "init": "random"}, "expected mean, zero, last"),
+        ({"rows": 400, "init": "random"}, "expected last, zero, mean"),
         ({"rows": 400, "vocab": 301}, "the embedding has only 300 rows"),
     ],
 )
@@ -187,7 +206,7 @@ def test_one_folder_may_be_both_tokenizer_and_checkpoint(console: Console, fast:
     assert "stay as it" not in ran.err
     assert {"tokenizer.json", "model.safetensors", "config.json"} < set(tree(tmp_path / "out"))
     asked = {
-        ("--init", "best"): "expected mean, zero, last",
+        ("--init", "best"): "expected last, zero, mean",
         ("--memory", "1KB"): "too small",
     }
     for more, says in asked.items():

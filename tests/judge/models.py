@@ -43,7 +43,7 @@ def build(spec: Spec, layout: Layout) -> list[Any]:
         for parameter in chunk.parameters():
             parameter.fill_(float("nan"))
         chunks.append(chunk.eval())
-    config.bf16 = spec.grouped_experts  # GroupedMLP asserts it and does not use it
+    config.bf16 = spec.bf16 or spec.grouped_experts  # GroupedMLP asserts it and does not use it
     return chunks
 
 
@@ -89,6 +89,7 @@ def _config(spec: Spec, layout: Layout) -> Any:
         add_qkv_bias=spec.qkv_bias,
         qk_layernorm=spec.qk_norm,
         **_parallel(layout),
+        **_dtypes(spec),
         **_on_a_cpu(),
         **(moe if spec.experts else {}),
     )
@@ -106,8 +107,12 @@ def _parallel(layout: Layout) -> dict[str, Any]:
         **({"pipeline_model_parallel_layout": layout.stages} if layout.stages else {}),  # unknown to 0.12
         "account_for_embedding_in_pipeline_split": layout.count_embedding,
         "account_for_loss_in_pipeline_split": layout.count_loss,
-        "pipeline_dtype": torch.float32,
     }
+
+
+def _dtypes(spec: Spec) -> dict[str, Any]:
+    dtype = torch.bfloat16 if spec.bf16 else torch.float32
+    return {"bf16": spec.bf16, "params_dtype": dtype, "pipeline_dtype": dtype}
 
 
 def _on_a_cpu() -> dict[str, Any]:
@@ -118,7 +123,7 @@ def _on_a_cpu() -> dict[str, Any]:
         "apply_rope_fusion": False,
         "persist_layer_norm": False,
         "use_cpu_initialization": True,
-        "perform_initialization": False,
+        "perform_initialization": True,  # it also marks which parameters are cut, which the norm of gradients needs
         "attention_softmax_in_fp32": True,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,

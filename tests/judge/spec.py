@@ -33,6 +33,7 @@ class Spec:
     experts: int | None
     top_k: int
     grouped_experts: bool = False
+    bf16: bool = False
 
 
 def spec_from_hf(config: Config, tp: int = 1, divisor: int = 128) -> Spec:

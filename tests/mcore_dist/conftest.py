@@ -10,8 +10,9 @@ import pytest
 
 from tests.judge.conftest import expected, hf, ids
 from tests.mcore_dist.old_megatron import OldMegatron, install, started
+from tests.mcore_dist.optim_runs import trained
 
-__all__ = ["expected", "hf", "ids", "old_megatron"]
+__all__ = ["expected", "hf", "ids", "old_megatron", "trained"]
 
 
 @pytest.fixture(scope="session")

@@ -21,12 +21,13 @@ import torch
 from tests.judge.dist import judge_dist_logits
 from tests.judge.dist_write import write_dist
 from tests.judge.models import Logits
+from tests.judge.optim import Run, Step, train_and_save
 from tests.judge.ranks import Layout
 
 VERSION = "0.12.0"
 ROOT = Path(__file__).parents[2]
 NEEDS = Path(__file__).with_name("old_megatron.txt")
-TASKS: dict[str, Callable[..., Any]] = {"judge": judge_dist_logits, "write": write_dist}
+TASKS: dict[str, Callable[..., Any]] = {"judge": judge_dist_logits, "write": write_dist, "train": train_and_save}
 
 
 def packages() -> Path:
@@ -65,6 +66,11 @@ class OldMegatron:
         """`write_dist` by Megatron-Core 0.12."""
         self._ask("write", hf, folder, layout, **form)
         return folder
+
+    def train(self, run: Run, places: dict[str, Path]) -> list[Step]:
+        """`train_and_save` by Megatron-Core 0.12."""
+        steps: list[Step] = self._ask("train", run, places)
+        return steps
 
     def _ask(self, task: str, *args: Any, **options: Any) -> Any:
         assert self.process.stdin is not None

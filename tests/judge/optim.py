@@ -1,4 +1,4 @@
-"""Megatron-Core trains: real steps by its own optimizers on a CPU, their states saved in every form it has, and runs that go on from one."""
+"""Megatron-Core trains on a CPU: steps by its own optimizers, their states saved in every form it has, and runs that go on from one."""
 
 from __future__ import annotations
 

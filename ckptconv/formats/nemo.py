@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckptconv.checkpoint import Checkpoint, Stored, Target
+from ckptconv.config import ModelConfig
 from ckptconv.errors import TopologyError, UsageError
 from ckptconv.formats import Request
 from ckptconv.mapping_files import chosen
@@ -55,23 +56,34 @@ class NemoSave:
         default=None,
         metadata={
             "help": "distributed (whole tensors) or ranks (a file each; needed for --tp and --pp) "
-            "(default: ranks for legacy models and where a layout is asked for or the source has one)"
+            "(default: ranks for legacy models and where a layout is asked for or the source has one)",
+            "choices": ("distributed", "ranks"),
         },
     )
     backend: str | None = field(
         default=None,
-        metadata={"help": f"of distributed weights: {TORCH_DIST} (default), or {ZARR} (NeMo up to 1.23)"},
+        metadata={
+            "help": f"of distributed weights: {TORCH_DIST} (default), or {ZARR} (NeMo up to 1.23)",
+            "choices": (TORCH_DIST, ZARR),
+        },
     )
     transformer_impl: str | None = field(
         default=None,
-        metadata={"help": f"modules of Megatron-Core models: {TE} or {LOCAL} (default: as the source, else {TE})"},
+        metadata={
+            "help": f"modules of Megatron-Core models (default: as the source, {TE} from other formats)",
+            "choices": (TE, LOCAL),
+        },
     )
     te_version: str = field(
         default="1.11", metadata={"help": "TransformerEngine that loads them: decides the kind of _extra_state"}
     )
-    vocab_fill: str = field(
-        default="zero",
-        metadata={"help": "new rows that pad the vocabulary: zero, as NeMo; last, the last true row; or mean, of all"},
+    vocab_fill: str | None = field(
+        default=None,
+        metadata={
+            "help": "new rows that pad the vocabulary: zero (default), as NeMo; last, the last true row again; mean, of all "
+            "true rows",
+            "choices": tuple(FILLS),
+        },
     )
     tokenizer: Path | None = field(
         default=None, metadata={"help": "sentencepiece model to pack (default: the source's)"}
@@ -96,20 +108,18 @@ class Nemo:
         return loading.load(path, opened, options.config, request, self.name)
 
     def target(self, checkpoint: Checkpoint, topology: Topology, options: NemoSave, request: Request) -> Target:
-        _check_choices(options)
         config = checkpoint.config
         form = _form(options, saving.raw(checkpoint.extras), checkpoint.origin.variant)
         refuse_inexpressible(config, topology, form)
-        fill = options.vocab_fill
-        divisor = saving.divisor(config, checkpoint.extras, request)
+        rows = vocab_rows(config, topology, saving.divisor(config, checkpoint.extras, request))
+        fill = _fill(options, config, rows)
         if _distributed(options, form, topology, checkpoint.origin.mapping):
             mixed = 0 < len(config.moe_layers) < config.layers
             mapping = chosen("mcore-dist" if mixed else "mcore-dist-stacked", request.mappings)
-            rows = vocab_rows(config, topology, divisor)
             return Target(mapping, frozenset({"norm_apart"}), even(config.layers), rows, fill)
         name = "nemo-legacy" if not form.mcore else "nemo-mcore" if form.transformer_engine else "nemo-mcore-local"
         variant = form.variant if not form.mcore else frozenset({"experts_sequential"})
-        return Target(chosen(name, request.mappings), variant, topology, vocab_rows(config, topology, divisor), fill)
+        return Target(chosen(name, request.mappings), variant, topology, rows, fill)
 
     def save(self, stored: Stored, options: NemoSave, request: Request) -> Plan:
         return saving.save(stored, request, _archive(stored, options))
@@ -122,17 +132,6 @@ class Nemo:
         return "\n".join([*lines, *(f"note: {note}" for note in saving.notes(stored, options.tokenizer))])
 
 
-def _check_choices(options: NemoSave) -> None:
-    for name, given, known in (
-        ("weights", options.weights, (None, "distributed", "ranks")),
-        ("backend", options.backend, (None, TORCH_DIST, ZARR)),
-        ("transformer-impl", options.transformer_impl, (None, TE, LOCAL)),
-        ("vocab-fill", options.vocab_fill, tuple(FILLS)),
-    ):
-        if given not in known:
-            raise UsageError(f"--saver.{name} {given}: choose {' or '.join(k for k in known if k)}")
-
-
 def _form(options: NemoSave, source: Dict[str, object], variant: frozenset[str]) -> Form:
     """As asked for, else as in a NeMo source, else for Megatron-Core with TransformerEngine."""
     core = source.get("mcore_gpt", True) is True
@@ -141,6 +140,17 @@ def _form(options: NemoSave, source: Dict[str, object], variant: frozenset[str])
     if options.transformer_impl is not None:
         te = options.transformer_impl == TE
     return Form(mcore, te, not mcore and "qkv_v0" in variant, not mcore and "gate_apart" in variant)
+
+
+def _fill(options: NemoSave, config: ModelConfig, rows: int) -> str:
+    """What new rows are. Where there are none, padding stays as it is, and nothing may be asked of it."""
+    there = rows - (config.vocab or rows)
+    if options.vocab_fill is not None and there and rows == config.vocab_rows:
+        raise UsageError(
+            f"--saver.vocab-fill {options.vocab_fill}: the {there} rows that pad the vocabulary are there already and stay as they "
+            "are; leave the option out (a conversion to hf and back makes them anew)"
+        )
+    return options.vocab_fill or "zero"
 
 
 def _distributed(options: NemoSave, form: Form, topology: Topology, mapping: str) -> bool:

@@ -16,7 +16,7 @@ from ckptconv.leaves import contiguous
 from ckptconv.pipeline import VERSION, check_places
 from ckptconv.plan import File, Plan, Segment
 from ckptconv.source import Source
-from ckptconv.tokenizer.folder import OF_TOKENIZER, extend_folder
+from ckptconv.tokenizer.folder import LISTS, OF_TOKENIZER, extend_folder
 from ckptconv.tokenizer.growth import Growth, plan_growth
 from ckptconv.tokenizer.pieces import extend_model
 from ckptconv.tokenizer.tokens import Extended, Wanted
@@ -58,6 +58,7 @@ def plan_folder(src: Path, wanted: Wanted, growth: Growth | None) -> tuple[Exten
     else:
         plan, notes = plan_growth(growth, extended)
         sides = {name: source for name, source in sides.items() if name in OF_TOKENIZER}
+    notes = (*_unchanged(sides.keys() - extended.files.keys()), *notes)
     extended = replace(extended, notes=(*extended.notes, *notes))
     files = [file for file in plan.files if file.path not in OF_TOKENIZER]
     files += [_copied(name, source) for name, source in sides.items() if name not in extended.files]
@@ -110,6 +111,12 @@ def _put_in_place(partial: Path, dst: Path, force: bool) -> None:
 def _copied(name: str, source: Source) -> File:
     body = (Segment(0, contiguous(source, (source.nbytes,), UINT8), name),) if source.nbytes else ()
     return File(name, source.nbytes, body)
+
+
+def _unchanged(names: Iterable[str]) -> list[str]:
+    """What lists tokens and goes on without the new ones."""
+    lists = sorted(name for name in names if name in LISTS)
+    return [f"copied as they are, without the new tokens: {', '.join(lists)}"] if lists else []
 
 
 def _left(src: Path, sides: Iterable[str]) -> list[str]:

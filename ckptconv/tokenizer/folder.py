@@ -16,9 +16,9 @@ from ckptconv.tokenizer.pieces import Pieces, read_pieces
 from ckptconv.tokenizer.tokens import Extended, Wanted, refuse_known
 
 MODEL = "tokenizer.model"
+LISTS = ("vocab.json", "merges.txt", "vocab.txt", "spiece.model")  # of the tokens it was trained with; never changed
 OF_TOKENIZER = (
-    MODEL, hf_json.TOKENIZER, hf_json.SETTINGS, hf_json.ADDED, hf_json.SPECIAL, "vocab.json", "merges.txt", "vocab.txt",
-    "spiece.model", "chat_template.json", "chat_template.jinja",
+    MODEL, hf_json.TOKENIZER, hf_json.SETTINGS, hf_json.ADDED, hf_json.SPECIAL, *LISTS, "chat_template.json", "chat_template.jinja",
 )  # fmt: skip
 RANKS = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")  # a line of tiktoken's files, which also go by tokenizer.model
 

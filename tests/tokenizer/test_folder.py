@@ -259,3 +259,11 @@ def test_the_source_is_left_as_it_was(fast: Path, tmp_path: Path) -> None:
     before = shutil.copytree(fast, tmp_path / "before")
     add_tokens(fast, tmp_path / "out", Wanted(NEW))
     assert tree(fast) == tree(before)
+
+
+def test_lists_of_tokens_that_stay_as_they_are_are_told(console: Console, fast: Path, tmp_path: Path) -> None:
+    for name in ("spiece.model", "vocab.json", "README.md"):
+        (fast / name).write_text("x")
+    ran = console("tokenizer", "add-tokens", fast, tmp_path / "out", "<a>")
+    assert "note: copied as they are, without the new tokens: spiece.model, vocab.json\n" in ran.err
+    assert (tmp_path / "out" / "spiece.model").read_text() == "x"

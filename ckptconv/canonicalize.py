@@ -40,7 +40,7 @@ def canonicalize(stored: Stored, drop: Sequence[str] = ()) -> Checkpoint:
     dropped = tuple(dict.fromkeys(gathered.dropped))
     idle = [f"--drop {glob}: no tensor is called so" for glob in drop if not any(fnmatchcase(n, glob) for n in dropped)]
     extras = replace(stored.extras, notes=(*stored.extras.notes, *idle)) if idle else stored.extras
-    return Checkpoint(stored.config, tensors, origin, extras, tuple(gathered.replicas), dropped)
+    return Checkpoint(stored.config, tensors, origin, extras, (*stored.replicas, *gathered.replicas), dropped)
 
 
 @dataclass

@@ -79,7 +79,9 @@ class Extras:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A checkpoint in its own names. `places` says where each rank's tensors lie, for messages."""
+    """A checkpoint in its own names. `places` says where each rank's tensors lie, for messages; `replicas` are tensors that its
+    loader found stored once more, under no name of their own.
+    """
 
     format: str
     mapping: Mapping
@@ -89,6 +91,7 @@ class Stored:
     ranks: Dict[Rank, Dict[Key, Tensor]]
     places: Dict[Rank, str] = field(default_factory=dict)
     extras: Extras = field(default_factory=Extras)
+    replicas: tuple[Replica, ...] = ()
 
 
 class Origin(NamedTuple):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from ckptconv.cli.multimodal import combine, extract
 from ckptconv.cli.options import (
     PATH,
     FormatCommand,
@@ -16,30 +17,16 @@ from ckptconv.cli.options import (
     conversion_options,
     dry_run_option,
     layout_options,
-    make_execute_options,
     make_job,
     output_options,
+    saver_option,
     source_options,
 )
+from ckptconv.cli.running import carry_out, examples, run
 from ckptconv.cli.tokenizer import tokenizer
 from ckptconv.errors import CkptconvError, UsageError
 
-if TYPE_CHECKING:
-    from ckptconv.pipeline import Job, Prepared
-
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-
-
-saver_option = click.option(
-    "--saver",
-    required=True,
-    metavar="FORMAT",
-    help="Format to write: hf, mcore, mcore-dist, legacy (see ckptconv formats).",
-)
-
-
-def examples(*lines: str) -> str:
-    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 @click.group(
@@ -139,44 +126,6 @@ def plan_reshard(ctx: click.Context, /, src: Path, dst: Path, **params: Any) -> 
     run(make_job(ctx, src, None, params), dst, {**params, "dry_run": True})
 
 
-def run(job: Job, dst: Path, params: dict[str, Any]) -> None:
-    """Prepare, and unless it is a dry run execute, telling what happens."""
-    from ckptconv.pipeline import check_places, prepare
-
-    check_places(job.source, dst)
-    carry_out(prepare(job), dst, params, {})
-
-
-def carry_out(prepared: Prepared, dst: Path, params: dict[str, Any], more: dict[str, list[str]]) -> None:
-    """Execute what is prepared, or show it; `more` is told with it, line by line."""
-    from dataclasses import asdict
-
-    from ckptconv.cli import render
-    from ckptconv.cli.progress import progress
-    from ckptconv.executor.execute import execute
-
-    options = make_execute_options(params)
-    if not params["quiet"]:
-        render.show_notes(prepared)
-        render.show_more(more)
-    if params["dry_run"]:
-        facts = {**render.plan_facts(prepared), **more}
-        render.emit(facts) if params["as_json"] else render.show_plan(facts)
-        if facts["memory_needed"] > options.memory:
-            click.echo(f"note: --memory {params['memory']} is too small: this would be refused", err=True)
-        return
-    report = execute(prepared.plan, dst, options, progress(quiet=params["quiet"] or params["as_json"]))
-    usage = prepared.usage(str(dst))
-    if params["as_json"]:
-        losses = {name: loss._asdict() for name, loss in report.losses.items()}
-        told = {**asdict(report), "losses": losses}
-        render.emit({"dst": str(dst), **prepared.plan.about, **more, "usage": usage.splitlines(), "report": told})
-        return
-    if not params["quiet"]:
-        render.show_report(report)
-    click.echo(usage)
-
-
 @cli.command(
     cls=LoaderCommand,
     epilog=examples("ckptconv inspect llama-mcore/", "ckptconv inspect llama/ --tensors '*layers.0.*' --json"),
@@ -273,4 +222,5 @@ def demo() -> None:
     run_demo(click.echo)
 
 
-cli.add_command(tokenizer)
+for command in (combine, extract, tokenizer):
+    cli.add_command(command)

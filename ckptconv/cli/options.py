@@ -50,13 +50,19 @@ class LoaderCommand(FormatCommand):
     sides = ("loader",)
 
 
+class PartsCommand(FormatCommand):
+    """A command that joins parts: --loader.X is said to the language model, --loader-vision.X and --loader-projector.X to the others."""
+
+    sides = ("loader", "loader-vision", "loader-projector", "saver")
+
+
 class TwoLoadersCommand(FormatCommand):
     """A command that reads two checkpoints: --loader.X is said to both, --loader-a.X and --loader-b.X to one."""
 
     sides = ("loader", "loader-a", "loader-b")
 
 
-SIDES = ("loader", "saver", "loader-a", "loader-b")
+SIDES = ("loader", "saver", "loader-a", "loader-b", "loader-vision", "loader-projector")
 
 
 def _is_switch(side: str, name: str) -> bool:
@@ -155,6 +161,12 @@ output_options = _stack(
 )
 
 
+saver_option = click.option(
+    "--saver",
+    required=True,
+    metavar="FORMAT",
+    help="Format to write: hf, mcore, mcore-dist, legacy (see ckptconv formats).",
+)
 conversion_options = _stack(
     click.argument("src", type=PATH),
     click.argument("dst", type=PATH),

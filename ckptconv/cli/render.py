@@ -154,8 +154,7 @@ def format_facts(name: str) -> dict[str, Any]:
 
     fmt = get_format(name)
     options = {
-        side: [row._asdict() for row in option_rows(kind)]
-        for side, kind in (("loader", fmt.Load), ("saver", fmt.Save))
+        side: [row._asdict() for row in option_rows(kind)] for side, kind in (("loader", fmt.Load), ("saver", fmt.Save))
     }
     return {"name": fmt.name, "aliases": list(fmt.aliases), "summary": fmt.summary, **options}
 

@@ -32,6 +32,9 @@ COMMANDS = {
     "plan": "",
     "plan convert": f"--saver {LAYOUT} {SOURCE} {CHANGE} {RUN} {OUTPUT}",
     "plan reshard": f"{LAYOUT} {SOURCE} {CHANGE} {RUN} {OUTPUT}",
+    "combine": "--saver --projector --as --replace --lm.dtype --vision.dtype --projector.dtype --loader-vision --loader-projector "
+    f"--dry-run {LAYOUT} {COMMON}",
+    "extract": f"--part --saver --dry-run {LAYOUT} {COMMON}",
     "inspect": f"--tensors --json {SOURCE}",
     "verify": f"--loader-a --loader-b {SOURCE} {OUTPUT}",
     "formats": "--json",

@@ -1,0 +1,103 @@
+"""`ckptconv combine` and `ckptconv extract`: multimodal models from their parts, and parts of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckptconv.cli.options import (
+    PATH,
+    FormatCommand,
+    PartsCommand,
+    change_options,
+    conversion_options,
+    dry_run_option,
+    layout_options,
+    make_job,
+    output_options,
+    run_options,
+    saver_option,
+    source_options,
+)
+from ckptconv.cli.running import carry_out, examples
+from ckptconv.errors import UsageError
+
+PART = "lm|vision|projector"
+
+
+@click.command(
+    cls=PartsCommand,
+    epilog=examples(
+        "ckptconv combine mistral/ clip/ out/ --saver mcore --tp 4 --as llava",
+        "ckptconv combine qwen2/ internvit/ out/ --saver mcore --tp 8 --pp 4 --as nvlm --lm.dtype bf16",
+        "ckptconv combine vlm/ tuned-clip/ out/ --saver mcore --replace vision",
+    ),
+)
+@click.argument("lm", type=PATH)
+@click.argument("vision", type=PATH)
+@click.argument("dst", type=PATH)
+@saver_option
+@click.option(
+    "--projector",
+    metavar="PATH|none",
+    default="none",
+    show_default=True,
+    help="Where the projector comes from: a checkpoint.",
+)
+@click.option("--as", "kind", metavar="llava|nvlm|internvl|neva", help="The kind of model to make.")
+@click.option("--replace", metavar=PART, help="LM is a whole model, and VISION the new one of this part.")
+@click.option("--lm.dtype", "lm_dtype", default="keep", metavar="DTYPE", help="Cast the language model alone.")
+@click.option("--vision.dtype", "vision_dtype", default="keep", metavar="DTYPE", help="Cast the vision tower alone.")
+@click.option("--projector.dtype", "projector_dtype", default="keep", metavar="DTYPE", help="Cast the projector alone.")
+@click.option("--loader-vision", metavar="FORMAT", help="Format of VISION; its options: --loader-vision.X.")
+@click.option("--loader-projector", metavar="FORMAT", help="Format of the projector's checkpoint.")
+@dry_run_option
+@layout_options
+@source_options
+@change_options
+@run_options
+@output_options
+@click.pass_context
+def combine(ctx: click.Context, /, lm: Path, vision: Path, dst: Path, saver: str, **params: Any) -> None:
+    """Join the language model LM and the vision tower VISION into one checkpoint, of any formats and layouts."""
+    from ckptconv.combine import prepare_combine, prepare_swap
+    from ckptconv.pipeline import check_places
+
+    sources = [lm, vision, *([Path(params["projector"])] if params["projector"] != "none" else [])]
+    for source in sources:
+        check_places(source, dst)
+    jobs = [
+        make_job(ctx, path, saver, params, side)
+        for path, side in zip(sources, ("", "-vision", "-projector"), strict=False)
+    ]
+    dtypes = {part: params[f"{part}_dtype"] for part in ("lm", "vision", "projector")}
+    if params["replace"] is None:
+        prepared = prepare_combine(*jobs, kind=params["kind"], dtypes=dtypes)
+    elif len(jobs) > 2:
+        raise UsageError("--replace and --projector: give the new part as the second path")
+    else:
+        prepared = prepare_swap(jobs[0], jobs[1], params["replace"], dtypes=dtypes)
+    carry_out(prepared, dst, params, {})
+
+
+@click.command(
+    cls=FormatCommand,
+    epilog=examples(
+        "ckptconv extract nvlm/ vit/ --part vision --saver hf", "ckptconv extract nvlm/ lm/ --part lm --saver mcore"
+    ),
+)
+@click.option("--part", required=True, metavar=PART, help="Which part to take out.")
+@saver_option
+@dry_run_option
+@layout_options
+@conversion_options
+@click.pass_context
+def extract(ctx: click.Context, /, src: Path, dst: Path, part: str, saver: str, **params: Any) -> None:
+    """Take one part out of the multimodal model SRC and write it to DST as a checkpoint of its own."""
+    from ckptconv.combine import prepare_extract
+    from ckptconv.pipeline import check_places
+
+    check_places(src, dst)
+    carry_out(prepare_extract(make_job(ctx, src, saver, params), part), dst, params, {})

@@ -1,0 +1,109 @@
+"""Parts of a model: a language model, a vision tower and a projector joined into one, taken out of one, or swapped in one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping as Dict
+from dataclasses import replace
+
+from ckptconv.checkpoint import Checkpoint, Extras, Key
+from ckptconv.config import TOWERS, ModelConfig
+from ckptconv.errors import ConfigError, UsageError
+from ckptconv.tensor import Tensor
+
+LANGUAGE = "lm"
+PARTS = (LANGUAGE, *TOWERS)
+
+
+def parts_of(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Which parts a checkpoint has; a tower or projector alone is that part."""
+    config = checkpoint.config
+    return (LANGUAGE if config.kind == "text" else config.kind, *config.towers)
+
+
+def extract(checkpoint: Checkpoint, part: str) -> Checkpoint:
+    """One part of a model as a checkpoint of its own; a part that is alone already is taken as it is."""
+    if part not in PARTS:
+        raise UsageError(f"part {part!r}: a model's parts are {', '.join(PARTS)}")
+    config = checkpoint.config
+    if part == config.kind:
+        return checkpoint
+    if part not in parts_of(checkpoint):
+        raise ConfigError(f"there is no {part} in this model: it has {', '.join(parts_of(checkpoint))}")
+    own, under = (replace(config, towers={}), "") if part == LANGUAGE else (config.towers[part], f"{part}.")
+    tensors = {
+        Key(key.name.removeprefix(under), key.slot): tensor
+        for key, tensor in checkpoint.tensors.items()
+        if (_owner(key.name) or LANGUAGE) == part
+    }
+    return replace(checkpoint, config=own, tensors=tensors)
+
+
+def combine(language: Checkpoint, vision: Checkpoint, projector: Checkpoint | None) -> Checkpoint:
+    """One model of three; what lies beside the weights (step, arguments, tokenizer) is the language model's."""
+    found = {LANGUAGE: language, "vision": vision} | ({"projector": projector} if projector else {})
+    for part, checkpoint in found.items():
+        if parts_of(checkpoint) != (part,):
+            raise ConfigError(f"what is given as {part} is {_article(parts_of(checkpoint))}")
+    towers = {part: checkpoint.config for part, checkpoint in found.items() if part != LANGUAGE}
+    config = replace(language.config, towers=towers)
+    check_fit(config)
+    tensors = dict(language.tensors)
+    for part in towers:
+        tensors |= {Key(f"{part}.{key.name}", key.slot): tensor for key, tensor in found[part].tensors.items()}
+    return replace(
+        language,
+        config=config,
+        tensors=tensors,
+        extras=_beside(found),
+        replicas=tuple(replica for checkpoint in found.values() for replica in checkpoint.replicas),
+        dropped=tuple(name for checkpoint in found.values() for name in checkpoint.dropped),
+    )
+
+
+def swap(model: Checkpoint, part: str, other: Checkpoint) -> Checkpoint:
+    """The model with one of its parts from another checkpoint, which may be a whole model too."""
+    parts = {name: extract(model, name) for name in parts_of(model) if name != part} | {part: extract(other, part)}
+    if "vision" not in parts or LANGUAGE not in parts:
+        raise ConfigError(f"a part can only be swapped in a model with a vision tower: this one has {', '.join(parts)}")
+    return combine(parts[LANGUAGE], parts["vision"], parts.get("projector"))
+
+
+def check_fit(config: ModelConfig) -> None:
+    """The parts' sizes must meet: vision to projector, projector to language model."""
+    vision, projector = config.towers.get("vision"), config.towers.get("projector")
+    if vision is None or projector is None:
+        return
+    if projector.hidden != config.hidden:
+        raise ConfigError(
+            f"the projector gives {projector.hidden} entries, but the language model's hidden size is {config.hidden}"
+        )
+    if projector.inputs not in (vision.hidden, 4 * vision.hidden):
+        raise ConfigError(
+            f"the projector takes {projector.inputs} entries, but the vision tower's hidden size is {vision.hidden} "
+            f"({4 * vision.hidden} with pixel shuffle)"
+        )
+
+
+def _beside(found: Dict[str, Checkpoint]) -> Extras:
+    """The language model's, with every part's notes and training state told."""
+    extras = found[LANGUAGE].extras
+    notes = tuple(note for checkpoint in found.values() for note in checkpoint.extras.notes)
+    state = [word for checkpoint in found.values() for word in checkpoint.extras.state]
+    files = {name: source for part in (*found, LANGUAGE) for name, source in found[part].extras.files.items()}
+    return replace(extras, notes=tuple(dict.fromkeys(notes)), files=files, objects={**extras.objects, "state": state})
+
+
+def _owner(name: str) -> str | None:
+    """The tower an atom belongs to."""
+    first = name.partition(".")[0]
+    return first if first in TOWERS else None
+
+
+def _article(parts: tuple[str, ...]) -> str:
+    names = {LANGUAGE: "a language model", "vision": "a vision tower", "projector": "a projector"}
+    return names[parts[0]] if len(parts) == 1 else f"a whole model ({', '.join(parts)})"
+
+
+def tensors_of(checkpoint: Checkpoint, part: str) -> dict[Key, Tensor]:
+    """The tensors of one part, under their names in the whole model."""
+    return {key: tensor for key, tensor in checkpoint.tensors.items() if (_owner(key.name) or LANGUAGE) == part}

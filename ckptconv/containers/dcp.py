@@ -8,7 +8,6 @@ Byte layout: docs/formats/torch_dist.md.
 from __future__ import annotations
 
 import math
-import stat
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,8 +18,8 @@ from ckptconv.assemble import Box, assemble
 from ckptconv.collecting import no_collecting
 from ckptconv.containers import dcp_blobs, dcp_tiling, torch_file
 from ckptconv.containers.dcp_metadata import MAX_SIZE, NAME, Metadata, Piece, Place, Told, read_metadata
+from ckptconv.containers.folder import listed, located
 from ckptconv.containers.problems import fail
-from ckptconv.containers.ranges import locate
 from ckptconv.dtypes import BY_TORCH, DType
 from ckptconv.errors import FormatError
 from ckptconv.leaves import full
@@ -67,22 +66,28 @@ class Dcp:
 
 def read(folder: Path) -> Dcp:
     """The checkpoint in a folder. All that is wrong with it is listed in one error."""
-    return interpret(str(folder), _files(folder))
+    problems: list[str] = []
+    return _sound(*_interpret(str(folder), _files(folder, problems), problems))
 
 
 def examine(folder: Path) -> tuple[Dcp, list[str]]:
     """What is sound in a folder, and all that is wrong with the rest."""
-    return _interpret(str(folder), _files(folder))
+    problems: list[str] = []
+    return _interpret(str(folder), _files(folder, problems), problems)
 
 
 def interpret(where: str, files: Files) -> Dcp:
     """The checkpoint that files with these names make, be they of a folder or an archive; errors as of `read`."""
-    found, problems = _interpret(where, files)
-    fail(f"{where}/{NAME}", problems)
+    return _sound(*_interpret(where, files, []))
+
+
+def _sound(found: Dcp, problems: list[str]) -> Dcp:
+    fail(f"{found.where}/{NAME}", problems)
     return found
 
 
-def _interpret(where: str, files: Files) -> tuple[Dcp, list[str]]:
+def _interpret(where: str, files: Files, problems: list[str]) -> tuple[Dcp, list[str]]:
+    """What is sound; what is wrong is added to `problems`."""
     name = f"{where}/{NAME}"
     if NAME not in files:
         raise FormatError(name, "is missing: not a torch distributed checkpoint, or one whose save did not finish")
@@ -90,7 +95,7 @@ def _interpret(where: str, files: Files) -> tuple[Dcp, list[str]]:
         told = read_metadata(files[NAME], name)
         files = _chunk_files(where, files, told)
         ranges = _ranges(told)
-        problems = list(told.problems)
+        problems += told.problems
         problems += _wrong_ranges(files, ranges)
         problems += [f"{key}: has bytes stored, but is not described" for key in told.places if key not in told.keys]
         objects = {key: item for key in told.objects if (item := _object(files, told, key, problems))}
@@ -182,24 +187,18 @@ def _item(files: Files, place: Place) -> Item:
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def _files(folder: Path) -> Files:
+def _files(folder: Path, problems: list[str]) -> Files:
     """The regular files of a folder; of `.metadata`, if there is one, it is an error to be anything else."""
     if not (folder / NAME).exists():
         return {}
-    try:
-        sizes = {path: _size(path) for path in folder.iterdir()}
-    except OSError as error:
-        raise FormatError(folder, f"cannot be listed: {error.strerror}") from None
-    found = {path.name: Source(str(path), 0, size) for path, size in sizes.items() if size is not None}
-    return {**found, NAME: locate(folder / NAME)}
-
-
-def _size(path: Path) -> int | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
+    found = {NAME: located(folder, NAME)}
+    for item in listed(folder):
+        try:
+            if item.is_file():
+                found[item.name] = located(folder, item.name)
+        except (OSError, FormatError) as error:
+            problems.append(str(error))
+    return found
 
 
 def _chunk_files(where: str, files: Files, told: Metadata) -> Files:

@@ -6,12 +6,12 @@ members of one name for the only one. A gzip'ed archive has no places to read fr
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from ckptconv.containers.folder import listed, located
 from ckptconv.containers.problems import fail
 from ckptconv.containers.ranges import HeaderReader, Place, locate
 from ckptconv.containers.tar_header import BLOCK, Damaged, Header, Pax, pax_of, read_header
@@ -90,7 +90,7 @@ def open_folder(folder: Path) -> Tar:
     """An archive that was unpacked: its files. Links may not lead out of it; links to folders are refused."""
     names = _Names()
     problems: list[str] = []
-    _list(str(folder), "", os.path.realpath(folder), names, problems)
+    _list(folder, "", names, problems)
     return _sound(str(folder), names, problems, "/")
 
 
@@ -241,22 +241,19 @@ def _check_tail(reader: HeaderReader, at: int) -> None:
 # -- a folder ---------------------------------------------------------------------------------------------------------
 
 
-def _list(folder: str, above: str, home: str, names: _Names, problems: list[str]) -> None:
+def _list(home: Path, above: str, names: _Names, problems: list[str]) -> None:
     try:
-        with os.scandir(folder) as found:
-            items = sorted(found, key=lambda item: item.name)
-    except OSError as error:
-        problems.append(f"{folder}: cannot be listed: {error.strerror}")
+        items = listed(home / above)
+    except FormatError as error:
+        problems.append(str(error))
         return
     for item in items:
         try:
             name = plain_name(above + item.name)
             if item.is_dir(follow_symlinks=False):
                 names.folders.add(name)
-                _list(item.path, f"{name}/", home, names, problems)
-            elif item.is_symlink() and os.path.commonpath([home, os.path.realpath(item.path)]) != home:
-                problems.append(f"{name}: is a link that leaves the folder; put the file itself there")
+                _list(home, f"{name}/", names, problems)
             else:
-                names.files[name] = locate(item.path)
+                names.files[name] = located(home, name)
         except (FormatError, ValueError) as error:
             problems.append(str(error))

@@ -6,7 +6,6 @@ Objects lie among them as `<key>/shard_<index>_<of>.pt`. Only `.zarray` files ar
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import numpy as np
 from ckptconv import coding
 from ckptconv.assemble import Part, assemble
 from ckptconv.containers import zarr2_header
-from ckptconv.containers.ranges import locate
+from ckptconv.containers.folder import listed, located
 from ckptconv.containers.zarr2_header import HEADER, Header
 from ckptconv.dtypes import DType
 from ckptconv.errors import FormatError
@@ -84,7 +83,7 @@ def read(folder: Path) -> Zarr:
 def examine(folder: Path) -> tuple[Zarr, list[str]]:
     """What is sound in a folder, and all that is wrong with the rest."""
     problems: list[str] = []
-    files = dict(_walk(str(folder), "", os.path.realpath(folder), problems))
+    files = dict(_walk(folder, "", problems))
     return _interpret(str(folder), files, problems)
 
 
@@ -234,27 +233,24 @@ def _is_locks(key: str, held: Mapping[str, Source], folders: Mapping[str, Mappin
     return HEADER in of and not any(source.nbytes for source in held.values())
 
 
-def _walk(folder: str, above: str, home: str, problems: list[str]) -> Iterator[tuple[str, Source]]:
-    """Every file below a folder, by its path there. Links may not lead out, nor in circles."""
+def _walk(home: Path, below: str, problems: list[str]) -> Iterator[tuple[str, Source]]:
+    """Every file below a folder of `home`, by its path in `home`. Links to folders are not followed."""
     try:
-        with os.scandir(folder) as found:
-            items = sorted(found, key=lambda item: item.name)
-    except OSError as error:
-        problems.append(f"{folder}: cannot be listed: {error.strerror}")
+        items = listed(home / below)
+    except FormatError as error:
+        problems.append(str(error))
         return
-    if not items and not folder.endswith(LOCKS):
-        problems.append(f"{folder}: is empty")
+    if not items and not below.endswith(LOCKS):
+        problems.append(f"{home / below}: is empty")
     for item in items:
-        name = above + item.name
+        name = f"{below}/{item.name}" if below else item.name
         if item.is_dir(follow_symlinks=False) and name.count("/") <= zarr2_header.MAX_AXES:
-            yield from _walk(item.path, f"{name}/", home, problems)
-        elif item.is_symlink() and os.path.commonpath([home, os.path.realpath(item.path)]) != home:
-            problems.append(f"{item.path}: is a link that leaves the folder; put the file itself there")
-        else:
-            try:
-                yield name, locate(item.path)
-            except FormatError as error:
-                problems.append(str(error))
+            yield from _walk(home, name, problems)
+            continue
+        try:
+            yield name, located(home, name)
+        except FormatError as error:
+            problems.append(str(error))
 
 
 def _listed(title: str, problems: list[str]) -> str:

@@ -14,6 +14,7 @@ from ckptconv.checkpoint import Checkpoint, Extras, Key, Stored, Target
 from ckptconv.config import ModelConfig
 from ckptconv.containers import json_file, safetensors
 from ckptconv.containers.dcp_metadata import NAME as METADATA
+from ckptconv.containers.folder import inside
 from ckptconv.dialect import detect
 from ckptconv.dtypes import UINT8
 from ckptconv.errors import CkptconvError, ConfigError, TopologyError, UsageError
@@ -24,6 +25,7 @@ from ckptconv.huggingface.family_config import (
     config_text,
     family_named,
     family_of,
+    own_section,
     read_config,
     with_rows,
     write_config,
@@ -33,7 +35,6 @@ from ckptconv.huggingface.files import (
     INDEX,
     folder_of,
     has_weights,
-    inside,
     is_side_file,
     left_behind,
     read_weights,
@@ -108,8 +109,10 @@ class Hf:
             raw, [*families(), *request.mappings], str(config_file)
         )
         mapping = chosen(family.name, request.mappings)
-        config = replace(read_config(raw, str(config_file), mapping), family=family.name)
         weights = read_weights(folder, request.check)
+        shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
+        config = read_config(own_section(raw, mapping), str(config_file), mapping, shapes)
+        config = replace(config, family=family.name)
         if config.layers > len(weights.tensors):
             found = len(weights.tensors)
             raise ConfigError(f"{config_file}: {config.layers} layers, but {folder} holds only {found} tensors")

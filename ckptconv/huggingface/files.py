@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ckptconv.containers import json_file, safetensors, torch_file
+from ckptconv.containers.folder import inside as inside  # for those who look for it here
 from ckptconv.errors import CoverageError, FormatError
 from ckptconv.source import Source, whole
 from ckptconv.tensor import Tensor
@@ -26,7 +27,6 @@ SIDE_FILES = (
 UNMENTIONED = ("ckptconv.json", ".*")
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.(safetensors|bin)$")
 _FORBIDDEN = frozenset("/\\\0")  # in the name of a file that stays in its folder
-XET = re.compile(r"[0-9a-f]{2}/([0-9a-f]{64})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,33 +41,6 @@ def folder_of(path: Path) -> Path:
     if not path.is_dir():
         raise FormatError(path, "is not a folder; expected the one that holds config.json and the weights")
     return path
-
-
-def inside(folder: Path, name: str) -> Path:
-    """A file of the folder. Its link may lead nowhere else, but for the blobs of the Hugging Face cache it lies in."""
-    path, home = folder / name, folder.resolve()
-    try:
-        real = path.resolve(strict=True)
-    except (OSError, RuntimeError):
-        link = f"is a link to {os.readlink(path)}, which is not there" if path.is_symlink() else "is not there"
-        raise FormatError(path, link) from None
-    if home not in real.parents and not _is_cached(home, real):
-        to = os.readlink(path) if path.is_symlink() else real
-        raise FormatError(path, f"is a link that leaves the folder, to {to}; put the file itself there")
-    if not real.is_file():
-        raise FormatError(path, "is not a regular file")
-    return path
-
-
-def _is_cached(home: Path, real: Path) -> bool:
-    """snapshots/<revision>/x -> blobs/<hash> of that repository, or on to the cache's shared blobs/<2 hex>/<64 hex>."""
-    if home.parent.name != "snapshots":
-        return False
-    repository = home.parent.parent
-    if real.parent == repository / "blobs":
-        return True
-    shared = repository.parent / "blobs"
-    return shared in real.parents and XET.fullmatch(real.relative_to(shared).as_posix()) is not None
 
 
 def read_weights(folder: Path, check: bool = False) -> Weights:

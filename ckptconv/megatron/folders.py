@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckptconv.containers.folder import inside
 from ckptconv.errors import FormatError, UsageError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -200,13 +201,13 @@ def _rank_files(folder: Path) -> tuple[RankFile, ...]:
             problems.append(f"{entry.name} is not a rank folder (mp_rank_TT, mp_rank_TT_PPP or mp_rank_TT_PPP_EEE)")
             continue
         numbers = tuple(int(n) for n in match.groups() if n is not None)
-        file = next((entry / name for name in FILES if (entry / name).is_file()), None)
+        file = next((name for name in FILES if (entry / name).is_file()), None)
         if file is None:
             problems.append(f"{entry.name} has no {FILES[0]}")
         elif numbers in found:
             problems.append(f"{entry.name} and {found[numbers].name} are the same rank")
         else:
-            found[numbers] = RankFile(numbers, file)
+            found[numbers] = RankFile(numbers, inside(folder, f"{entry.name}/{file}"))
     if len({len(n) for n in found}) > 1:
         problems.append(f"rank folders of different layouts are mixed: {', '.join(f.name for f in found.values())}")
     if not found and not problems:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from ckptconv.config import ModelConfig
 from ckptconv.containers import json_file
+from ckptconv.containers.folder import inside
 from ckptconv.errors import UsageError
 from ckptconv.formats import Request
 from ckptconv.huggingface.family_config import family_named, family_of, read_config
-from ckptconv.huggingface.files import CONFIG, inside, side_files
+from ckptconv.huggingface.files import CONFIG, side_files
 from ckptconv.mapping import Mapping
 from ckptconv.mapping_files import chosen, families
 from ckptconv.source import Source, whole

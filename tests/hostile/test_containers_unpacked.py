@@ -73,10 +73,10 @@ def in_folder(folder: Path, make: Callable[[Path], object]) -> Path:
 
 FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "link-out": (lambda f: (f / "l").symlink_to("/etc/passwd"), "l: is a link that leaves"),
-    "link-up": (lambda f: (f / "a" / "l").symlink_to("../../up"), "a/l: is a link that leaves"),
+    "link-up": (lambda f: (f / "a" / "l").symlink_to("../.."), "a/l: is a link that leaves"),
     "link-to-a-folder": (lambda f: (f / "l").symlink_to("a"), "not a regular file"),
-    "link-to-itself": (lambda f: (f / "l").symlink_to("l"), "cannot be read|leaves"),
-    "link-to-nothing": (lambda f: (f / "l").symlink_to("nothing"), "cannot be read"),
+    "link-to-itself": (lambda f: (f / "l").symlink_to("l"), "is a link to l, which is not there"),
+    "link-to-nothing": (lambda f: (f / "l").symlink_to("nothing"), "is a link to nothing, which is not there"),
     "pipe": (lambda f: os.mkfifo(f / "p"), "p: is not a regular file"),
     "name": (lambda f: (f / "a\nb").write_bytes(b""), "not a plain relative path"),
     "name-no-text": (lambda f: Path(os.fsdecode(bytes(f) + b"/\xff")).write_bytes(b""), "not a plain relative path"),

@@ -1,0 +1,212 @@
+"""Adam on float32 masters, as Megatron has it: dense and expert parameters apart, plain or sharded over data-parallel ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ckptconv.trainer.buffers import Buffer
+from ckptconv.trainer.config import Config
+from ckptconv.trainer.model import Stage, weights_of
+from ckptconv.trainer.parallel import Grid, Weight
+
+SLOTS = ("param", "exp_avg", "exp_avg_sq")
+Slots = dict[str, Tensor]
+
+
+class Piece(NamedTuple):
+    """The elements of a parameter that this rank updates, and their float32 master."""
+
+    buffer: Buffer
+    elements: range
+    start: int  # of the elements in the buffer
+    master: Tensor
+
+    def of(self, flat: Tensor) -> Tensor:
+        return flat[self.start : self.start + len(self.elements)].view(self.master.shape)
+
+
+class Member:
+    """One Adam of the chain: for the dense parameters, or for the experts where they are spread over expert ranks.
+
+    `groups` are matrices, which decay, and vectors, which do not; a group is there on every rank if any rank has use for it.
+    """
+
+    def __init__(self, config: Config, grid: Grid, chunks: Sequence[Stage], experts: bool) -> None:
+        t = config.training
+        self.experts, self.distributed, self.steps = experts, t.distributed_optimizer, 0
+        group = grid.expert_data if experts else grid.data
+        trained = [[w for w in weights_of(c) if w.requires_grad and spread(w, grid) == experts] for c in chunks]
+        self.buffers = [Buffer(config, weights, group, self.distributed) for weights in trained if weights]
+        every = [w for weights in trained for w in weights]
+        self.groups = _used_somewhere([[w for w in every if w.dim() > 1], [w for w in every if w.dim() == 1]])
+        self.pieces = {w: piece for b in self.buffers for w in b.starts if (piece := _piece(b, w))}
+        self.adam = torch.optim.AdamW(
+            [
+                {
+                    "params": [self.pieces[w].master for w in weights if w in self.pieces],
+                    "is_expert_parallel": experts,
+                    "default_config": True,
+                    "wd_mult": wd_mult,
+                    "lr_mult": 1.0,
+                    "is_decoupled_lr": False,
+                    "max_lr": t.lr,
+                    "min_lr": t.min_lr,
+                }
+                for wd_mult, weights in self.groups.items()
+            ],
+            lr=t.lr, betas=(t.beta1, t.beta2), eps=t.eps, weight_decay=t.weight_decay,
+        )  # fmt: skip
+
+    def update(self, scale: float) -> None:
+        """Adam on gradients rounded to float32, parameters rounded from the masters."""
+        for p in self.pieces.values():
+            p.master.grad = (p.of(p.buffer.gradients) * scale).float()
+        self.adam.step()
+        self.steps += 1
+        for p in self.pieces.values():
+            p.of(p.buffer.values).copy_(p.master)
+        for b in self.buffers:
+            b.gather(b.values)
+            b.gradients.zero_()
+
+    def slots(self) -> list[Slots]:
+        """Per buffer, master and moments of all its parameters, gathered from all who own a share."""
+        found = [{slot: torch.zeros(len(b.values)) for slot in SLOTS} for b in self.buffers]
+        for p in self.pieces.values():
+            held = {"param": p.master.detach(), **self.adam.state.get(p.master, {})}
+            for slot, flat in found[self.buffers.index(p.buffer)].items():
+                if slot in held:
+                    p.of(flat).copy_(held[slot])
+        for b, flats in zip(self.buffers, found, strict=True):
+            for flat in flats.values():
+                b.gather(flat)
+        return found
+
+    def reload(self) -> None:
+        """Masters begin again from the parameters."""
+        for p in self.pieces.values():
+            p.master.data.copy_(p.of(p.buffer.values))
+
+    def restore(self, w: Weight, slots: Slots, steps: int) -> None:
+        """What this rank owns of a parameter's whole slots, taken over."""
+        self.steps = steps
+        if (p := self.pieces.get(w)) is None:
+            return
+        own = {
+            slot: t.reshape(-1)[p.elements.start : p.elements.stop].view(p.master.shape) for slot, t in slots.items()
+        }
+        p.master.data.copy_(own["param"])
+        if steps:
+            moments = {slot: own[slot].clone() for slot in SLOTS[1:]}
+            self.adam.state[p.master] = {"step": torch.tensor(float(steps)), **moments}
+
+
+def spread(w: Weight, grid: Grid) -> bool:
+    """Whether a parameter is an expert's that not every data-parallel rank has."""
+    return w.expert is not None and grid.ep > 1
+
+
+def _used_somewhere(groups: list[list[Weight]]) -> dict[float, list[Weight]]:
+    """By their multiple of the weight decay, those groups that are not empty on all ranks."""
+    used = torch.tensor([bool(g) for g in groups], dtype=torch.int32)
+    dist.all_reduce(used, dist.ReduceOp.MAX)
+    return {wd_mult: g for wd_mult, g, flag in zip((1.0, 0.0), groups, used.tolist(), strict=True) if flag}
+
+
+def _piece(buffer: Buffer, w: Weight) -> Piece | None:
+    own = buffer.owned(w)
+    if not own:
+        return None
+    master = w.detach().reshape(-1)[own.start : own.stop].float().clone()
+    return Piece(buffer, own, buffer.starts[w] + own.start, master if buffer.distributed else master.view(w.shape))
+
+
+class Optimizer:
+    """The chain of members, and what they share: the average over copies, the tied weights' sum, the norm, the clip."""
+
+    def __init__(self, config: Config, grid: Grid, chunks: Sequence[Stage]) -> None:
+        self.grid, self.clip = grid, config.training.clip
+        self.members = [
+            Member(config, grid, chunks, experts) for experts in ((False, True) if grid.ep > 1 else (False,))
+        ]
+        if not any(m.groups for m in self.members):
+            raise ValueError(f"freeze = {config.training.freeze}: nothing is left to train")
+
+    @torch.no_grad()
+    def step(self) -> float:
+        """One update; the norm of the gradient before clipping."""
+        for m in self.members:
+            for b in m.buffers:
+                b.average_gradients(self.grid.dp)
+        self._sum_shared()
+        norm = self._norm()
+        for m in self.members:
+            m.update(min(1.0, self.clip / (norm + 1e-6)))
+        return norm
+
+    def _sum_shared(self) -> None:
+        """A tied weight on the first and the last stage gets the gradient of both uses, so that the copies stay equal."""
+        for w, p in self.members[0].pieces.items():
+            for ends in self.grid.ends if w.shared else ():
+                dist.all_reduce(p.of(p.buffer.gradients), group=ends)
+
+    def _norm(self) -> float:
+        """Over all parameters of the model, each element counted once."""
+        total = torch.zeros((), dtype=torch.float64)
+        for m in self.members:
+            copy = self.grid.replica if m.experts else self.grid.dp_rank
+            for w, p in m.pieces.items():
+                counted = (m.distributed or copy == 0) and (w.cut is not None or self.grid.tp_rank == 0)
+                if counted and not (w.shared and self.grid.ends and self.grid.pp_rank):
+                    total += p.of(p.buffer.gradients).double().square().sum()
+        dist.all_reduce(total)
+        return math.sqrt(total.item())
+
+
+class Scheduler:
+    """Megatron's: the learning rate rises from zero over `warmup` samples and falls until `decay`. Its state counts samples."""
+
+    def __init__(self, config: Config, optimizer: Optimizer) -> None:
+        t = config.training
+        self.samples = 0
+        self.optimizer = optimizer
+        self.settings: dict[str, Any] = {
+            "max_lr": t.lr, "lr_warmup_steps": t.warmup, "num_steps": 0, "lr_decay_style": t.decay_style,
+            "lr_decay_steps": t.decay, "min_lr": t.min_lr, "start_wd": t.weight_decay, "end_wd": t.weight_decay,
+            "wd_incr_style": "constant", "wd_incr_steps": t.decay,
+        }  # fmt: skip
+        self.advance(0)
+
+    def rate(self) -> float:
+        s = self.settings
+        warmup, decay, low, high = s["lr_warmup_steps"], s["lr_decay_steps"], s["min_lr"], s["max_lr"]
+        if warmup and self.samples <= warmup:
+            return float(high * self.samples / warmup)
+        if s["lr_decay_style"] == "constant":
+            return float(high)
+        if self.samples > decay:
+            return float(low)
+        gone = (self.samples - warmup) / (decay - warmup)
+        left = 1 - gone if s["lr_decay_style"] == "linear" else 0.5 * (math.cos(math.pi * gone) + 1)
+        return float(low + left * (high - low))
+
+    def advance(self, samples: int) -> None:
+        self.samples += samples
+        for member in self.optimizer.members:
+            for group in member.adam.param_groups:
+                group["lr"] = self.rate()
+                group["weight_decay"] = self.settings["end_wd"] * group["wd_mult"]
+
+    def state(self) -> dict[str, Any]:
+        return self.settings | {"num_steps": self.samples}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The settings of the run that saved go on, as they do in Megatron."""
+        self.settings, self.samples = dict(state), state["num_steps"]
+        self.advance(0)

@@ -33,8 +33,8 @@ COMMANDS = {
     "plan convert": f"--saver {LAYOUT} {SOURCE} {CHANGE} {RUN} {OUTPUT}",
     "plan reshard": f"{LAYOUT} {SOURCE} {CHANGE} {RUN} {OUTPUT}",
     "combine": "--saver --projector --as --replace --lm.dtype --vision.dtype --projector.dtype --loader-vision --loader-projector "
-    f"--dry-run {LAYOUT} {COMMON}",
-    "extract": f"--part --saver --dry-run {LAYOUT} {COMMON}",
+    f"--dry-run {LAYOUT} {SOURCE} {CHANGE} {RUN} {OUTPUT}",
+    "extract": f"--part --saver --dry-run {LAYOUT} {SOURCE} {CHANGE} {RUN} {OUTPUT}",
     "inspect": f"--tensors --json {SOURCE}",
     "verify": f"--loader-a --loader-b {SOURCE} {OUTPUT}",
     "formats": "--json",

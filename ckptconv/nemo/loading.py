@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from collections.abc import Mapping as Dict
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -22,7 +22,16 @@ from ckptconv.mapping import Mapping
 from ckptconv.mapping_files import chosen
 from ckptconv.megatron import extra_state, hf_beside
 from ckptconv.megatron.args_read import ArgsLayout, Statement
-from ckptconv.megatron.dist_loading import COMMON, TELLING, ZARR, Contents, from_whole, of_torch_dist, of_zarr
+from ckptconv.megatron.dist_loading import (
+    COMMON,
+    TELLING,
+    TORCH_DIST,
+    ZARR,
+    Contents,
+    from_whole,
+    of_torch_dist,
+    of_zarr,
+)
 from ckptconv.megatron.folders import DIGESTS, RankFile
 from ckptconv.megatron.hf_beside import Beside
 from ckptconv.megatron.loading import Kind, from_ranks
@@ -34,7 +43,7 @@ from ckptconv.nemo.model_config import NemoConfig
 from ckptconv.nemo.names import LEGACY, joined_gates, prefix_of
 from ckptconv.sizes import human
 from ckptconv.source import Source, whole
-from ckptconv.tensor import Tensor
+from ckptconv.tensor import Shape, Tensor
 
 WEIGHTS, DISTRIBUTED = "model_weights.ckpt", "model_weights/"
 IN_DISTRIBUTED = (METADATA, TELLING, COMMON, DIGESTS)
@@ -119,7 +128,8 @@ def load(path: Path, opened: Opened, config: Path | None, request: Request, form
         stored = _whole(path, inside, nemo, said, beside, request, format_name)
     else:
         contents = _ranks(path, archive, check=request.check)
-        _refuse_without_language_model(nemo, [name for rank in contents for name in rank.chunks[0]], path)
+        shapes = {name: tensor.shape for rank in contents for name, tensor in rank.chunks[0].items()}
+        _refuse_without_language_model(nemo, shapes, ", ".join(forms), path)
         stored = from_ranks(contents, said, beside, request, _kind(contents, nemo, request, format_name), path)
     referred = {a.member: archive.members[a.member] for a in opened.artifacts if a.member}
     files = {**stored.extras.files, **referred, **({TOKENIZER: opened.tokenizer} if opened.tokenizer else {})}
@@ -165,13 +175,14 @@ def _check_kind(nemo: NemoConfig, *, legacy: bool) -> None:
         raise FormatError(nemo.where, f"says mcore_gpt: {told}, yet the tensors have the names of {found}; correct one")
 
 
-def _refuse_without_language_model(nemo: NemoConfig, names: Collection[str], path: Path) -> None:
+def _refuse_without_language_model(nemo: NemoConfig, shapes: Dict[str, Shape], form: str, path: Path) -> None:
     """NeVA saves what it trained: often its projector alone."""
-    if nemo.multimodal and not any(name.endswith("word_embeddings.weight") for name in names):
-        listed = "".join(f"\n  {name}" for name in sorted(names))
+    if nemo.multimodal and not any(name.endswith("word_embeddings.weight") for name in shapes):
+        listed = "".join(f"\n  {name} {list(shape)}" for name, shape in sorted(shapes.items()))
         raise FormatError(
             path,
-            f"is an image model (NeVA) saved without its language model, which is not supported yet; it holds{listed}",
+            f"is an image model (NeVA) saved without its language model, which is not supported yet\n"
+            f"  {model_config.NAME}: target {nemo.raw.get('target')}\n  weights: {form}{listed}",
         )
 
 
@@ -194,7 +205,7 @@ def _whole(
         else of_torch_dist(dcp.interpret(where, files), check=request.check)
     )
     held = _bare(held, where)
-    _refuse_without_language_model(nemo, held.shapes, path)
+    _refuse_without_language_model(nemo, held.shapes, f"{DISTRIBUTED} ({ZARR if zarr else TORCH_DIST})", path)
     stored = from_whole(held, replace(said, layout=ArgsLayout()), beside, request, str(path), format_name)
     common = _common(files, where)
     state = list(dict.fromkeys([*state_of(common), *stored.extras.state]))

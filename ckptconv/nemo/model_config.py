@@ -109,7 +109,7 @@ def read(text: bytes, where: str, *, plain_rope: bool = False) -> NemoConfig:
         gated="gelu_new" if gated and _flag(raw, "openai_gelu", where) else gated,
         gate_apart=gated is not None and activation in GATED and not raw.get("mcore_gpt"),
         tokenizer=dict(tokenizer) if isinstance(tokenizer, dict) else {},
-        notes=notes,
+        notes=(*notes, *((f"{where}: target is {raw.get('target')}, an image model",) if raw.get("mm_cfg") else ())),
     )  # fmt: skip
 
 

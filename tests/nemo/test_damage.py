@@ -13,9 +13,13 @@ import torch
 
 import ckptconv
 from ckptconv.testing.checkpoints import write_hf
+from tests.cli.conftest import console
+from tests.cli.helpers.console import Console
 from tests.nemo.conftest import Archive, Files, packed
-from tests.unit.helpers.nemo import PER_RANK, TORCH_DIST, contents
+from tests.unit.helpers.nemo import GZIPPED, PER_RANK, TORCH_DIST, contents, extracted
 from tools.golden_cases import convert
+
+__all__ = ["console"]
 
 Change = Callable[[Files], None]
 CONFIG = "model_config.yaml"
@@ -142,6 +146,31 @@ def test_sizes_that_lie_are_refused(size: int, archive: Archive, tmp_path: Path)
     refused(tmp_path / "x.nemo", tmp_path / "work")
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[: len(data) // 2], lambda data: data[:-8] + bytes(8), lambda data: data[:3] + b"junk"],
+    ids=["truncated", "checksum", "junk"],
+)
+def test_damaged_gzip_is_refused_and_leaves_nothing(
+    damage: Callable[[bytes], bytes], archive: Archive, tmp_path: Path
+) -> None:
+    source, scratch, work = tmp_path / "x.nemo", tmp_path / "scratch", tmp_path / "work"
+    source.write_bytes(damage(archive(GZIPPED).read_bytes()))
+    work.mkdir()
+    with pytest.raises(ckptconv.CkptconvError, match=r"x\.nemo.*truncated or damaged"):
+        convert(source, work / "out.nemo", loader_options={"scratch": scratch})
+    assert list(work.iterdir()) == []
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["model_config.yaml", "model_weights/__0_0.distcp"])
+def test_links_that_leave_an_unpacked_folder_are_refused(name: str, archive: Archive, tmp_path: Path) -> None:
+    folder = extracted(archive(TORCH_DIST), tmp_path / "x.nemo")
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    assert "link that leaves the folder" in refused(folder, tmp_path / "work")
+
+
 def test_legacy_model_of_grouped_queries_is_refused_as_nemo_does(tmp_path: Path) -> None:
     write_hf(tmp_path / "hf", "llama")
     with pytest.raises(ckptconv.CkptconvError, match="quer"):
@@ -161,5 +190,29 @@ def test_image_model_without_its_language_model_is_named_and_listed(archive: Arc
     source = packed({name: tokenizer, CONFIG: config, "model_weights.ckpt": weights.getvalue()}, tmp_path / "x.nemo")
     problem = refused(source, tmp_path / "work")
     assert "NeVA" in problem
-    assert "mm_projector.0.bias" in problem
-    assert "mm_projector.2.bias" in problem
+    assert "mm_projector.0.bias [4]" in problem
+    assert "mm_projector.2.bias [4]" in problem
+    assert "neva_model.MegatronNevaModel" in problem
+    assert "weights: model_weights.ckpt" in problem
+
+
+def test_image_model_is_inspected_as_far_as_it_is_known(archive: Archive, console: Console, tmp_path: Path) -> None:
+    """As NeVA saves it after training both: the language model, and the projector in its embedding."""
+    convert(archive(TORCH_DIST), tmp_path / "language.nemo", saver_options={"weights": "ranks"})
+    files = contents(tmp_path / "language.nemo")
+    model = torch.load(io.BytesIO(files["model_weights.ckpt"]), weights_only=False)
+    projector = "embedding.word_embeddings.adapter_layer.mm_projector_adapter.mm_projector.0.weight"
+    weights = io.BytesIO()
+    torch.save({**model, f"model.{projector}": torch.zeros(4, 8)}, weights)
+    config = re.sub(rb"target: \S+", b"target: a.MegatronNevaModel\nmm_cfg: {llm: {freeze: false}}", files[CONFIG])
+    source = packed({**files, CONFIG: config, "model_weights.ckpt": weights.getvalue()}, tmp_path / "x.nemo")
+    ran = console("inspect", source, "--tensors", "*mm_projector*", code=1)
+    for told in (
+        "format: nemo",
+        "layout: tp=1 pp=1",
+        "layers=4",
+        f"{projector}  fp32 [4, 8]",
+        "a.MegatronNevaModel, an image",
+    ):
+        assert told in ran.out
+    assert f"unexpected: {projector}" in ran.err

@@ -2,8 +2,8 @@
 #   make demo      a tiny model through every stage, with the core dependencies alone
 #   make test      format, lint, types and all tests (what CI runs)
 #   make bench     the throughput and memory table
-#   make golden    manifests of tests/golden rebuilt from GOLDENS (a folder of the official tools' outputs)
-#   make goldens   every output in GOLDENS converted and compared, as a table
+#   make golden    manifests of tests/golden rebuilt from GOLDENS (holds mlm, mcore and nemo: the official tools' outputs)
+#   make goldens   every output in GOLDENS converted and compared, as tables
 
 PYTHON  ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -46,10 +46,14 @@ bench: $(VENV)/.stamp
 	$(BIN)/python benchmarks/bench.py
 
 golden: $(VENV)/.stamp
-	$(BIN)/python tools/make_manifests.py $(GOLDENS)
+	$(BIN)/python tools/make_manifests.py $(GOLDENS)/mlm
 
 goldens: $(VENV)/.stamp
-	$(BIN)/python tools/run_goldens.py $(GOLDENS)
+	@status=0; \
+	$(BIN)/python tools/run_goldens.py $(GOLDENS)/mlm || status=1; \
+	$(BIN)/python tools/run_goldens.py $(GOLDENS)/mcore || status=1; \
+	$(BIN)/python tools/golden_nemo.py $(GOLDENS)/nemo || status=1; \
+	exit $$status
 
 clean:
 	rm -rf $(VENV) $(CORE) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -7,7 +7,6 @@ _inputs/MODEL, the Hugging Face models they were made from.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import re
@@ -15,7 +14,7 @@ import shlex
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tools.golden_cases import convert
 from tools.golden_checks import differences, hf_leaves
+from tools.golden_table import Check, arguments, print_table
 from tools.rank_files import Leaf, leaf
-from tools.run_goldens import Check, run
 
 Leaves = dict[str, Leaf]
 DTYPES = {"32": "fp32", "16": "fp16"}
@@ -257,21 +256,11 @@ def checks(folder: Path) -> Iterator[tuple[str, str, Check]]:
             yield golden.name, "NeMo's tool failed", partial(not_in_nemo, golden)
 
 
-def main(report: Callable[[str], None] = print) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", default="", help="cases whose name has this text")
-    asked = parser.parse_args()
-    failed = total = 0
-    for title, what, check in checks(asked.folder):
-        if asked.only in title:
-            wrong = run(check)
-            total, failed = total + 1, failed + bool(wrong)
-            report(f"{'ok ' if not wrong else 'BAD'}  {title:32} {what}")
-            for line in wrong[:8] + ([f"… and {len(wrong) - 8} more"] if len(wrong) > 8 else []):
-                report(f"       {line[:300]}")
-    report(f"\n{total - failed} passed, {failed} failed")
-    return 1 if failed or not total else 0
+def main() -> int:
+    asked = arguments(__doc__)
+    passed, failed = print_table(checks(asked.folder), asked.only)
+    print(f"\n{passed} passed, {failed} failed")
+    return 1 if failed or not passed else 0
 
 
 if __name__ == "__main__":

@@ -7,11 +7,9 @@ distributed checkpoints of Megatron-Core.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +19,7 @@ from tools.golden_args import Row, args_rows, unexplained
 from tools.golden_cases import goldens, with_optimizer
 from tools.golden_checks import backward, forward, weights_of_training
 from tools.golden_dist import back, distributed
-
-Check = Callable[[Path], list[str]]
+from tools.golden_table import Check, arguments, print_table
 
 
 def checks(folder: Path) -> Iterator[tuple[str, str, Check]]:
@@ -36,17 +33,6 @@ def checks(folder: Path) -> Iterator[tuple[str, str, Check]]:
         yield path.name, "weights, optimizer dropped", partial(weights_of_training, path)
     for saved in distributed(folder):
         yield saved.title, "back to hf", partial(back, saved)
-
-
-def run(check: Check) -> list[str]:
-    with tempfile.TemporaryDirectory() as work:
-        try:
-            return check(Path(work) / "out")
-        except Exception as error:  # noqa: BLE001 (a row of the table, whatever it is)
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            return [
-                f"{type(error).__name__}: {error}".replace("\n", " ") + f" ({Path(where.filename).name}:{where.lineno})"
-            ]
 
 
 def args_of_all(folder: Path) -> list[Row]:
@@ -69,24 +55,14 @@ def print_args(rows: list[Row]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", default="", help="outputs whose name has this text")
-    asked = parser.parse_args()
-    failed = total = 0
-    for title, what, check in checks(asked.folder):
-        if asked.only in title:
-            wrong = run(check)
-            total, failed = total + 1, failed + bool(wrong)
-            print(f"{'ok ' if not wrong else 'BAD'}  {title:55} {what}", flush=True)
-            for line in wrong[:8] + ([f"… and {len(wrong) - 8} more"] if len(wrong) > 8 else []):
-                print(f"       {line[:300]}")
+    asked = arguments(__doc__)
+    passed, failed = print_table(checks(asked.folder), asked.only)
     rows = [] if asked.only else args_of_all(asked.folder)
     if rows:
         print_args(rows)
     lost = unexplained(rows)
-    print(f"\n{total - failed} passed, {failed + len(lost)} failed")
-    return 1 if failed or lost or not total else 0
+    print(f"\n{passed} passed, {failed + len(lost)} failed")
+    return 1 if failed or lost or not passed else 0
 
 
 if __name__ == "__main__":

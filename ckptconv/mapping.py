@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from ckptconv.config import TAGS, TOWERS
 from ckptconv.errors import MappingError
@@ -21,7 +22,7 @@ PARAMETERS = {
     "rope": {"heads"},
 }
 CONDITIONS = {"when", "on", "copy"}
-BLOCK_KEYS = {"stored", "canonical", "when", "on", "scope", "tensors", "use"}
+BLOCK_KEYS = {"stored", "canonical", "when", "on", "scope", "tensors", "use", "config"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,15 @@ class Rule:
     scope: str = ""
 
 
+class Part(NamedTuple):
+    """A part of a larger model whose family another section of config.json decides: `use` is a glob, `family` the one chosen."""
+
+    scope: str
+    use: str
+    config: str
+    family: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class Mapping:
     """A family or dialect. `rules` stand in the dialect's parameter order; `config` is the raw table for the config codec.
@@ -82,11 +92,15 @@ class Mapping:
     stack: tuple[str, ...] = ()
     omit: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ()
+    parts: tuple[Part, ...] = ()
 
     def rename(self, name: str) -> str:
-        """The current spelling of a stored name."""
+        """The current spelling of a stored name; an old one that begins with ^ stands at the beginning only, and then alone."""
         for old, new in self.aliases.items():
-            name = name.replace(old, new)
+            if not old.startswith("^"):
+                name = name.replace(old, new)
+            elif name.startswith(old[1:]):
+                return new + name.removeprefix(old[1:])
         return name
 
     def ignores(self, name: str) -> bool:

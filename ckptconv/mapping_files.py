@@ -5,12 +5,13 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
 from ckptconv.errors import MappingError, UsageError
-from ckptconv.mapping import Alternative, Apply, Expr, Mapping, Rule, named, parse_rules, stacked, validate
+from ckptconv.mapping import Alternative, Apply, Expr, Mapping, Part, Rule, named, parse_rules, stacked, validate
 from ckptconv.vocabulary import VARIABLE, Vocabulary, parse_vocabulary, words
 
 ENTRY_POINTS = "ckptconv.mappings"
@@ -53,10 +54,17 @@ def family_names() -> list[str]:
 
 @cache
 def load_mapping(name: str) -> Mapping:
-    """A mapping by name."""
-    if name not in mapping_paths():
-        raise MappingError(f"no mapping {name!r}; known: {', '.join(sorted(mapping_paths()))}")
-    return _spelled(_build(name, mapping_paths()[name][1], ()))
+    """A mapping by name; `hf-llava(hf-llama,hf-clip)` is one with the families of its parts."""
+    base, _, parts = name.removesuffix(")").partition("(")
+    if base not in mapping_paths():
+        raise MappingError(f"no mapping {base!r}; known: {', '.join(sorted(mapping_paths()))}")
+    mapping = _spelled(_build(base, mapping_paths()[base][1], (), tuple(parts.split(",")) if parts else ()))
+    return replace(mapping, name=name)
+
+
+def with_parts(mapping: Mapping, families: Sequence[str]) -> Mapping:
+    """The mapping with each of its open parts of the family given for it."""
+    return load_mapping(f"{mapping.name}({','.join(families)})")
 
 
 def load_mapping_file(path: Path) -> Mapping:
@@ -79,10 +87,10 @@ def chosen(name: str, given: Sequence[Mapping]) -> Mapping:
     return next((m for m in given if name in (m.name, m.extends)), None) or load_mapping(name)
 
 
-def _build(name: str, path: Path, chain: tuple[str, ...]) -> Mapping:
+def _build(name: str, path: Path, chain: tuple[str, ...], families: tuple[str, ...] = ()) -> Mapping:
     if name in chain:
         raise MappingError(f"mappings extend each other in a circle: {' -> '.join([*chain, name])}")
-    raw = _read(path)
+    raw, parts = _completed(_read(path), families, name)
     parent = _parent(raw, path, (*chain, name))
     stack = tuple(dict.fromkeys([*(parent.stack if parent else ()), *named(raw, "stack", str(path))]))
     below = [*([parent] if parent else []), *(_used(block, (*chain, name)) for block in _using(raw))]
@@ -101,6 +109,7 @@ def _build(name: str, path: Path, chain: tuple[str, ...]) -> Mapping:
         cut=_merged_dimensions([m.cut for m in below], _table(raw, "cut", path)),
         deal=_merged_dimensions([m.deal for m in below], _table(raw, "deal", path)),
         excess=_strings(_table(raw, "excess", path)) or {k: v for m in below for k, v in m.excess.items()},
+        parts=parts,
         aliases={**(parent.aliases if parent else {}), **_strings(_table(raw, "aliases", path))},
     )
     validate(mapping)
@@ -116,6 +125,22 @@ def _read(path: Path) -> dict[str, object]:
     if unknown := set(raw) - TOP_LEVEL:
         raise MappingError(f"{path}: unknown top-level keys {sorted(unknown)}; known: {sorted(TOP_LEVEL)}")
     return raw
+
+
+def _completed(
+    raw: dict[str, object], families: tuple[str, ...], name: str
+) -> tuple[dict[str, object], tuple[Part, ...]]:
+    """The blocks with each open part's glob replaced by the family chosen; a part not chosen yet has no rows."""
+    listed = raw.get("block", [])
+    blocks = [b for b in listed if isinstance(b, dict)] if isinstance(listed, list) else []
+    opened = [b for b in blocks if "config" in b]
+    given = dict(zip(map(id, opened), families or [None] * len(opened), strict=True))
+    parts = tuple(Part(str(b.get("scope", "")), str(b.get("use", "")), str(b["config"]), given[id(b)]) for b in opened)
+    for part in parts:
+        if part.family is not None and not fnmatchcase(part.family, part.use):
+            raise MappingError(f"{name}: its part {part.config} cannot be {part.family}, only {part.use}")
+    kept = [b if id(b) not in given else {**b, "use": given[id(b)]} for b in blocks if given.get(id(b), "") is not None]
+    return ({**raw, "block": kept} if opened else raw), parts
 
 
 def _parent(raw: dict[str, object], path: Path, chain: tuple[str, ...]) -> Mapping | None:
@@ -190,6 +215,12 @@ def _spelled(mapping: Mapping) -> Mapping:
         for rule in mapping.rules
     ]
     return replace(mapping, rules=tuple(rules), variants=(*mapping.variants, tuple(tags.values())), prefixes=())
+
+
+def prefix_of(tag: str) -> str | None:
+    """The prefix that a variant stands for, if it does."""
+    _, colon, prefix = tag.partition(":")
+    return prefix if colon else None
 
 
 def _rules(

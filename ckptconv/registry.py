@@ -22,6 +22,7 @@ BUILT_IN = {
     "mcore-dist": "ckptconv.formats.mcore_dist:McoreDist",
     "legacy": "ckptconv.formats.legacy:Legacy",
     "nemo": "ckptconv.formats.nemo:Nemo",
+    "nemo2": "ckptconv.formats.nemo2:Nemo2",
     "dcp": "ckptconv.formats.dcp:Dcp",
 }
 

@@ -1,0 +1,1 @@
+"""The format nemo2, and what Lightning saved, against Megatron-Core, torch and damage."""

@@ -16,7 +16,7 @@ from ckptconv.collecting import no_collecting
 from ckptconv.errors import PlanError, UsageError
 from ckptconv.executor.execute import ExecuteOptions, Progress, Report, execute
 from ckptconv.executor.manifest_check import check_manifest
-from ckptconv.formats import Format, Request
+from ckptconv.formats import Format, Request, Training
 from ckptconv.layout import Layout, layout_from
 from ckptconv.localize import localize
 from ckptconv.mapping import Mapping
@@ -92,8 +92,9 @@ def load(
 
 
 @no_collecting()
-def open_checkpoint(job: Job) -> tuple[Format, Checkpoint]:
-    request = job.request()
+def open_checkpoint(job: Job, *, training: bool = False) -> tuple[Format, Checkpoint]:
+    """`training`: with optimizer state, where it can be read; else it is only told."""
+    request = replace(job.request(), training=training)
     fmt, stored = load_stored(job.source, job.loader, job.loader_options, request)
     job.layout.check_source(stored.topology)
     return fmt, passes.with_vocabulary(canonicalize(stored, job.drop), job.vocab_size)
@@ -102,11 +103,17 @@ def open_checkpoint(job: Job) -> tuple[Format, Checkpoint]:
 @no_collecting()
 def prepare(job: Job) -> Prepared:
     """Everything but moving bytes: the plan, or the error that says why there is none."""
+    loader, checkpoint = open_checkpoint(job, training=_takes_training(job))
+    return prepare_from(job, loader, checkpoint, str(job.source))
+
+
+@no_collecting()
+def prepare_from(job: Job, loader: Format, checkpoint: Checkpoint, root: str) -> Prepared:
+    """The same for a checkpoint that is open already; sources are told relative to `root`."""
     request = job.request()
-    loader, checkpoint = open_checkpoint(job)
-    _refuse_losing_state(checkpoint, job.optimizer)
-    _refuse_other_iteration(checkpoint, job.iteration)
     saver = loader if job.saver is None else get_format(job.saver)
+    _refuse_losing_state(checkpoint, job.optimizer, saver.name)
+    _refuse_other_iteration(checkpoint, job.iteration)
     options = make_options(saver.Save, job.saver_options, "saver", saver.name)
     checkpoint = passes.cast(checkpoint, job.dtype, _mapping_of(checkpoint, request))
     checkpoint = replace(checkpoint, config=replace(checkpoint.config, dtype=passes.mean_dtype(checkpoint)))
@@ -118,7 +125,7 @@ def prepare(job: Job) -> Prepared:
     plan = saver.save(stored, options, request)
     checks = () if job.replicas == "first" else tuple(Check(*replica) for replica in checkpoint.replicas)
     about = {**plan.about, **_about(job, checkpoint, stored, options)}
-    return Prepared(replace(plan, checks=checks, about=about, root=str(job.source)), stored, checkpoint, saver, options)
+    return Prepared(replace(plan, checks=checks, about=about, root=root), stored, checkpoint, saver, options)
 
 
 def convert(
@@ -165,14 +172,19 @@ def _mapping_of(checkpoint: Checkpoint, request: Request) -> Mapping:
     return chosen(checkpoint.origin.mapping, request.mappings)
 
 
-def _refuse_losing_state(checkpoint: Checkpoint, optimizer: str) -> None:
-    if optimizer not in ("keep", "drop"):
-        raise UsageError(f"--optimizer {optimizer}: expected keep or drop")
+def _takes_training(job: Job) -> bool:
+    """Whether training state is wanted and has a place; where a format keeps its own, what it reads it also writes."""
+    if job.optimizer not in ("keep", "drop"):
+        raise UsageError(f"--optimizer {job.optimizer}: expected keep or drop")
+    return job.optimizer == "keep" and (job.saver is None or isinstance(get_format(job.saver), Training))
+
+
+def _refuse_losing_state(checkpoint: Checkpoint, optimizer: str, saver: str) -> None:
     state = checkpoint.extras.state
     if state and optimizer == "keep":
         listed = "".join(f"\n  {item}" for item in state)
         raise PlanError(
-            f"the source holds training state, which this version cannot carry over:{listed}\n"
+            f"the source holds training state, which {saver} files of ours cannot carry over:{listed}\n"
             "Give --optimizer drop to convert the weights alone and lose it."
         )
 

@@ -22,6 +22,7 @@ class Request:
     family: str | None = None
     iteration: int | str | None = None
     check: bool = False
+    training: bool = False  # state is wanted, not only told
     mappings: tuple[Mapping, ...] = ()
     drop: tuple[str, ...] = ()
 
@@ -68,6 +69,14 @@ class Storing(Protocol):
     """What a format has besides, if its files hold tensors in chunks: facts for `inspect`, of sound and of damaged ones."""
 
     def storage(self, path: Path, request: Request) -> dict[str, object]: ...
+
+
+@runtime_checkable
+class Training(Protocol):
+    """What a format has besides, if a training run can be continued from its files: it saves optimizer slots and TrainingState."""
+
+    @property
+    def trains(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,12 @@ class LegacySave:
     iteration: int | str | None = field(
         default=None, metadata={"help": "iteration to save as, or release (default: the source's; 1 from Hugging Face)"}
     )
+    distributed_optimizer: bool | None = field(
+        default=None,
+        metadata={
+            "help": "optimizer state as flat buffers in distrib_optim.pt, or with each rank's model (default: as the source)"
+        },
+    )
 
 
 class Legacy:
@@ -59,6 +65,7 @@ class Legacy:
     aliases: tuple[str, ...] = ("megatron",)
     Load = LegacyLoad
     Save = LegacySave
+    trains = True
 
     def sniff(self, path: Path) -> bool:
         return loading.sniff(path, legacy=True)
@@ -98,7 +105,9 @@ class Legacy:
 
 def _form(options: LegacySave) -> saving.Form:
     core = Core(core_version(options.mcore_version))
-    return saving.Form(core, ExtraState(core, None, legacy=True), local=True, legacy=True)
+    return saving.Form(
+        core, ExtraState(core, None, legacy=True), local=True, legacy=True, distributed=options.distributed_optimizer
+    )
 
 
 def _order(content: RankContent, options: LegacyLoad) -> frozenset[str]:

@@ -67,6 +67,12 @@ class McoreSave:
     iteration: int | str | None = field(
         default=None, metadata={"help": "iteration to save as, or release (default: the source's; 1 from Hugging Face)"}
     )
+    distributed_optimizer: bool | None = field(
+        default=None,
+        metadata={
+            "help": "optimizer state as flat buffers in distrib_optim.pt, or with each rank's model (default: as the source)"
+        },
+    )
 
 
 class Mcore:
@@ -77,6 +83,7 @@ class Mcore:
     aliases: tuple[str, ...] = ("core", "megatron-core")
     Load = McoreLoad
     Save = McoreSave
+    trains = True
 
     def sniff(self, path: Path) -> bool:
         return loading.sniff(path, legacy=False)
@@ -144,7 +151,13 @@ def _form(stored: Stored, options: McoreSave) -> saving.Form:
     core, te = _versions(options)
     local = is_local(stored.mapping)
     experts = next((name for name, tag in EXPERTS.items() if tag in stored.variant), "")
-    return saving.Form(core, ExtraState(core, None if local else te, experts), local=local, experts=experts)
+    return saving.Form(
+        core,
+        ExtraState(core, None if local else te, experts),
+        local=local,
+        experts=experts,
+        distributed=options.distributed_optimizer,
+    )
 
 
 def is_local(mapping: Mapping) -> bool:

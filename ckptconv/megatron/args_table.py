@@ -20,7 +20,10 @@ from ckptconv.topology import Topology
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What the args are about. `carried` are the source's own args, from which settings that no config states are kept."""
+    """What the args are about. `carried` are the source's own args, from which settings that no config states are kept;
+
+    `written` is what of the training state is: optimizer, distributed (optimizer), rng.
+    """
 
     config: ModelConfig
     topology: Topology
@@ -32,6 +35,7 @@ class Subject:
     experts: str = ""
     ckpt_format: str = "torch"
     carried: dict[str, object] = field(default_factory=dict)
+    written: frozenset[str] = frozenset()
 
     @property
     def world(self) -> int:
@@ -232,9 +236,17 @@ FILES = (
     Field("use_legacy_models", "format: legacy or mcore", lambda s: s.legacy),
     Field("ckpt_format", "the format of these files", lambda s: s.ckpt_format),
     Field("use_dist_ckpt", "the format of these files", lambda s: s.ckpt_format != "torch"),
-    _constant("use_distributed_optimizer", False, "no optimizer state is written"),
-    _constant("no_save_optim", True, "no optimizer state is written: Megatron then does not look for it"),
-    _constant("no_save_rng", True, "no RNG state is written: Megatron then does not look for it"),
+    Field("use_distributed_optimizer", "form of the optimizer state", lambda s: "distributed" in s.written),
+    Field(
+        "no_save_optim",
+        "whether there is optimizer state: Megatron else does not look for it",
+        lambda s: "optimizer" not in s.written,
+    ),
+    Field(
+        "no_save_rng",
+        "whether there is RNG state: Megatron else does not look for it",
+        lambda s: "rng" not in s.written,
+    ),
     _constant("data_parallel_random_init", False, "Megatron's default; compared when loading"),
     _carried("consumed_train_samples", lambda _: 0, "0"),
     _carried("consumed_valid_samples", lambda _: 0, "0"),

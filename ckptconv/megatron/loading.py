@@ -15,9 +15,10 @@ from ckptconv.mapping import Mapping
 from ckptconv.megatron import hf_beside, towers
 from ckptconv.megatron.architecture import ADVICE, Evidence, resolve
 from ckptconv.megatron.args_read import ArgsLayout, Statement, layout, statement
-from ckptconv.megatron.folders import has_ranks, looks_like, open_ranks
-from ckptconv.megatron.grid import Grid, check_processes, make_grid, shared_args
+from ckptconv.megatron.folders import OPTIMIZER_FILES, has_ranks, looks_like, open_ranks
+from ckptconv.megatron.grid import Grid, Process, check_processes, make_grid, shared_args
 from ckptconv.megatron.measure import LAYER, Measured, Names, measure
+from ckptconv.megatron.optimizer.reading import attach
 from ckptconv.megatron.rank_file import RankContent, read_rank
 from ckptconv.tensor import Shape, Tensor
 from ckptconv.topology import Rank, Topology, even, with_stages
@@ -52,9 +53,22 @@ def load(path: Path, config: Path | None, request: Request, kind: Kind) -> Store
         said = statement(args, f"{iteration.folder.name} args")
         said = replace(said, layout=layout(args, said.where))
     stored = from_ranks(contents, said, hf_beside.find(config, iteration.hf, request), request, kind, iteration.folder)
-    state = [*stored.extras.state, *(f"distributed optimizer ({name})" for name in found.optimizer)]
+    if request.training and _resumable(contents, found.optimizer):
+        stored = attach(stored, _by_process(stored, contents), check=request.check)
+    words = [*stored.extras.state, *(f"distributed optimizer ({name})" for name in found.optimizer)]
+    state = [] if stored.extras.training else words
     step = contents[0].iteration if iteration.step is None else iteration.step
     return replace(stored, extras=replace(stored.extras, step=step, objects={"args": args or {}, "state": state}))
+
+
+def _resumable(contents: Sequence[RankContent], files: Sequence[str]) -> bool:
+    """Whether every rank has optimizer state, in a form that is read."""
+    return set(files) <= {OPTIMIZER_FILES[0]} and all("optimizer" in content.training for content in contents)
+
+
+def _by_process(stored: Stored, contents: Sequence[RankContent]) -> dict[Process, RankContent]:
+    by_place = {content.where(i): content for content in contents for i in range(len(content.chunks))}
+    return {(rank.pp, rank.tp, rank.ep): by_place[place] for rank, place in stored.places.items()}
 
 
 def from_ranks(

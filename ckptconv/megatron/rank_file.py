@@ -16,6 +16,14 @@ from ckptconv.tensor import Tensor
 _CHUNK = re.compile(r"model(\d{0,3})")
 MAX_DEPTH = 16
 NOTHING_SAVED = 2048  # bytes; None saved with torch.save takes 1.3 kB
+TRAINING = ("optimizer", "opt_param_scheduler", "lr_scheduler", "rng_state")
+FLAT_RNG = (
+    "random_rng_state",
+    "np_rng_state",
+    "torch_rng_state",
+    "cuda_rng_state",
+    "rng_tracker_states",
+)  # before 2022
 KNOWN = {  # what Megatron saves beside the model: read, told as training state, or counters of a run
     "args", "checkpoint_version", "iteration", "total_iters", "optimizer", "opt_param_scheduler", "lr_scheduler", "rng_state",
     "random_rng_state", "np_rng_state", "torch_rng_state", "cuda_rng_state", "rng_tracker_states", "tokens",
@@ -25,8 +33,8 @@ KNOWN = {  # what Megatron saves beside the model: read, told as training state,
 
 @dataclass(frozen=True, slots=True)
 class RankContent:
-    """What one process saved. `chunks` are its model chunks (one without virtual stages); `state` names what is no weight, `strays`
-    what is not known.
+    """What one process saved. `chunks` are its model chunks (one without virtual stages); `training` is what is no weight, as it was
+    pickled, and `state` names it; `strays` what is not known.
     """
 
     file: RankFile
@@ -36,6 +44,7 @@ class RankContent:
     iteration: int | None
     state: tuple[str, ...] = field(default=())
     strays: tuple[str, ...] = field(default=())
+    training: dict[str, object] = field(default_factory=dict)
 
     def where(self, chunk: int = 0) -> str:
         return self.file.name + (f" model{chunk}" if len(self.chunks) > 1 else "")
@@ -57,7 +66,16 @@ def read_rank(file: RankFile, check: bool, rename: Callable[[str], str]) -> Rank
             *sorted(str(k)[:60] for k in saved if k not in KNOWN and not _CHUNK.fullmatch(str(k))),
             *(word for key in _chunk_keys(saved, file) for word in _scaling(saved[key], f"{file.path}: {key}")),
         ),
+        _training(saved),
     )
+
+
+def _training(saved: dict[object, object]) -> dict[str, object]:
+    """The training state; generators in their own list, which old files do without."""
+    held = {key: saved[key] for key in TRAINING if saved.get(key) is not None}
+    if "rng_state" not in held and all(key in saved for key in FLAT_RNG):
+        held["rng_state"] = [{key: saved[key] for key in FLAT_RNG}]
+    return held
 
 
 def _chunk_keys(saved: dict[object, object], file: RankFile) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from collections.abc import Mapping as Dict
 from dataclasses import dataclass
 
@@ -17,8 +18,11 @@ from ckptconv.huggingface.files import CONFIG, is_side_file
 from ckptconv.leaves import contiguous
 from ckptconv.megatron.args_table import Subject
 from ckptconv.megatron.args_write import notes, write_args
+from ckptconv.megatron.extra_state import NAME as EXTRA_STATE
 from ckptconv.megatron.extra_state import ExtraState
-from ckptconv.megatron.folders import FILES, HF, RELEASE, TRACKER, iteration_name, rank_name
+from ckptconv.megatron.folders import FILES, HF, OPTIMIZER_FILES, RELEASE, TRACKER, iteration_name, rank_name
+from ckptconv.megatron.grid import Process
+from ckptconv.megatron.optimizer.writing import Filing, Writer, keeps_rng
 from ckptconv.megatron.towers import with_extra_state
 from ckptconv.megatron.versions import Core, show
 from ckptconv.plan import File, Plan, Segment
@@ -39,6 +43,17 @@ class Form:
     experts: str = ""
     legacy: bool = False
     ckpt_format: str = "torch"
+    distributed: bool | None = None  # optimizer; None: as in the source
+
+    def written(self, stored: Stored) -> frozenset[str]:
+        """What of the training state the files hold."""
+        training = stored.extras.training
+        if training is None:
+            return frozenset()
+        asked = self.distributed
+        distributed = carried(stored.extras).get("use_distributed_optimizer") is True if asked is None else asked
+        held = {"optimizer": True, "distributed": distributed, "rng": keeps_rng(training, stored.topology)}
+        return frozenset(name for name, there in held.items() if there)
 
 
 def divisor(extras: Extras, request: Request) -> int:
@@ -72,16 +87,13 @@ def vocab_rows(config: ModelConfig, topology: Topology, multiple: int) -> int:
 
 def save(stored: Stored, wanted: int | str | None, request: Request, form: Form) -> Plan:
     """All files. The tracker is written last: a folder without it is no checkpoint to Megatron."""
-    if slots := sorted({k.slot for tensors in stored.ranks.values() for k in tensors} - {"param"}):
-        raise ConfigError(f"optimizer state ({', '.join(slots)}) cannot be written yet: --optimizer drop leaves it out")
     step = step_to_write(wanted, stored.extras.step)
     subject = Subject(
         stored.config, stored.topology, form.core, stored.config.dtype or FP32, divisor(stored.extras, request), form.local,
-        form.legacy, form.experts, carried=carried(stored.extras),
+        form.legacy, form.experts, carried=carried(stored.extras), written=form.written(stored),
     )  # fmt: skip
     args = None if stored.config.kind == "vision" else write_args(subject)
-    files = [_rank_file(stored, process, args, step, form) for process in stored.topology.processes()]
-    files += [*hf_files(stored.extras), final_file(TRACKER, str(step).encode())]
+    files = [*_rank_files(stored, args, step, form), *hf_files(stored.extras), final_file(TRACKER, str(step).encode())]
     about: dict[str, object] = {
         "iteration": step,
         "mcore_version": show(form.core.version),
@@ -100,27 +112,53 @@ def step_to_write(wanted: int | str | None, source: int | str | None) -> int | s
     return int(step)
 
 
-def _rank_file(
-    stored: Stored, process: tuple[int, int, int], args: Namespace | None, step: int | str, form: Form
-) -> File:
-    """One process: its args, and its chunks with the entries that the modules' state_dict has beside weights.
+def _rank_files(stored: Stored, args: Namespace | None, step: int | str, form: Form) -> Iterator[File]:
+    """Of each process its args and model chunks; with training state also that, and the file of flat buffers if there is one.
 
     A vision tower alone has no args: Megatron only ever joins it to a language model, which has.
     """
-    topology = stored.topology
-    pp, tp, ep = process
-    saved: dict[object, object] = {}
+    chunks = {process: _chunks(stored, process, form) for process in stored.topology.processes()}
+    head: dict[object, object] = {}
     if args is not None:
         iteration = 0 if step == RELEASE else step
-        saved |= {"args": args, "checkpoint_version": CHECKPOINT_VERSION, "iteration": iteration}
+        head = {"args": args, "checkpoint_version": CHECKPOINT_VERSION, "iteration": iteration}
+    writer = _writer(stored, chunks, form) if stored.extras.training else None
+    for process, models in chunks.items():
+        folder = f"{iteration_name(step)}/{_folder(stored.topology, process)}"
+        names = ["model"] if len(models) == 1 else [f"model{i}" for i in range(len(models))]
+        saved = dict(head)
+        for name, model in zip(names, models, strict=True):
+            saved[name] = nested(model) if form.legacy else Ordered(model)
+        saved |= writer.beside(process) if writer else {}
+        yield torch_write.layout(f"{folder}/{FILES[0]}", saved)
+        if writer and (flat := writer.flat(process)) is not None:
+            yield torch_write.layout(f"{folder}/{OPTIMIZER_FILES[0]}", flat)
+
+
+def _chunks(stored: Stored, process: Process, form: Form) -> list[dict[str, object]]:
+    """A process's model chunks, with the entries that the modules' state_dict has beside weights."""
+    topology = stored.topology
+    pp, tp, ep = process
+    chunks = []
     for vpp in range(topology.vpp):
         rank = Rank(pp, tp, ep, vpp, tp % topology.etp)
-        last = "head" in topology.stage(rank).roles
-        tensors = {key.name: tensor for key, tensor in stored.ranks[rank].items()}
-        flat = with_extra_state(form.extra, tensors, last=last)
-        saved["model" if topology.vpp == 1 else f"model{vpp}"] = nested(flat) if form.legacy else Ordered(flat)
-    name = rank_name(tp, pp if topology.pp > 1 else None, ep if topology.ep > 1 else None)
-    return torch_write.layout(f"{iteration_name(step)}/{name}/{FILES[0]}", saved)
+        tensors = {key.name: tensor for key, tensor in stored.ranks[rank].items() if key.slot == "param"}
+        chunks.append(with_extra_state(form.extra, tensors, last="head" in topology.stage(rank).roles))
+    return chunks
+
+
+def _writer(stored: Stored, chunks: Dict[Process, list[dict[str, object]]], form: Form) -> Writer:
+    """The optimizer numbers parameters as they stand in the model."""
+    names = {
+        process: [[name for name in model if not name.endswith(EXTRA_STATE)] for model in models]
+        for process, models in chunks.items()
+    }
+    return Writer(stored, names, Filing(form.core, "distributed" in form.written(stored), carried(stored.extras)))
+
+
+def _folder(topology: Topology, process: Process) -> str:
+    pp, tp, ep = process
+    return rank_name(tp, pp if topology.pp > 1 else None, ep if topology.ep > 1 else None)
 
 
 def nested(flat: Dict[str, object]) -> dict[object, object]:

@@ -37,7 +37,15 @@ def usage(stored: Stored, dst: str, form: Form) -> str:
 
 def _files(stored: Stored, dst: str, form: Form) -> list[str]:
     impl = "local" if form.local else "transformer_engine"
-    flags = [f"--load {quote(dst)} --ckpt-format {form.ckpt_format} --no-load-optim --no-load-rng"]
+    written = form.written(stored)
+    state = {
+        "--no-load-optim": "optimizer" not in written,
+        "--no-load-rng": "rng" not in written,
+        "--use-distributed-optimizer": "distributed" in written,
+    }
+    flags = [
+        f"--load {quote(dst)} --ckpt-format {form.ckpt_format} {' '.join(f for f, on in state.items() if on)}".rstrip()
+    ]
     flags.append(f"--transformer-impl {impl}")
     if form.legacy:
         flags.append("--use-legacy-models")

@@ -11,6 +11,7 @@ import pytest
 
 import ckptconv
 from ckptconv.compare import Verdict
+from ckptconv.containers import dcp
 from ckptconv.errors import ConfigError, PlanError
 from tools.golden_checks import hf_leaves
 from tools.golden_dist import Saved, back, distributed
@@ -81,6 +82,25 @@ def test_verify_sees_another_model(tmp_path: Path) -> None:
     ckptconv.convert(other.hf, tmp_path / "fp32", saver="hf", dtype="fp32", execute_options=QUICK)
     verdict = ckptconv.verify(SAVED["llama_tp2pp2"].job(), tmp_path / "fp32")
     assert {difference.kind for difference in verdict.differences} == {"values"}
+
+
+@pytest.mark.parametrize("case", ["llama_tp2pp2", "mixtral_seq_perlayer_tp1pp2ep2"])
+def test_layers_and_experts_have_chunks_of_their_own_as_megatron_core_files_them(case: str, tmp_path: Path) -> None:
+    golden = SAVED[case]
+    ckptconv.convert(golden.folder, tmp_path / "ours", saver="mcore-dist", execute_options=QUICK, **golden.wishes())
+    theirs, ours = (grids(next(folder.glob("iter_*"))) for folder in (golden.folder, tmp_path / "ours"))
+    assert ours.keys() == theirs.keys()
+    for key, counts in theirs.items():
+        cut = 1 if "norm" in key else 2  # the axes of the weight itself, which ranks cut and we do not
+        assert ours[key] == [*counts[:-cut], *[1] * cut], key
+
+
+def grids(folder: Path) -> dict[str, list[int]]:
+    """How many chunks each tensor has along each axis."""
+    return {
+        key: [len(set(starts)) for starts in zip(*(chunk.offset for chunk in entry.chunks), strict=True)]
+        for key, entry in dcp.read(folder).tensors.items()
+    }
 
 
 @pytest.mark.parametrize("golden", WITH_ARGS, ids=title)

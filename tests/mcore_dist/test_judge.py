@@ -118,6 +118,17 @@ def test_objects_of_transformer_engine_are_all_that_is_left_over_beside_local_mo
     assert "decoder.layers.self_attention.core_attention._extra_state" in left
 
 
+def test_objects_of_experts_are_numbered_by_layer_and_then_by_expert(
+    hf: Hf, tmp_path: Path, ids: torch.Tensor, expected: Expected
+) -> None:
+    """With as many layers as experts, either order would do."""
+    source = hf("mixtral", num_hidden_layers=2)
+    options = {"layers": "stacked", "transformer_impl": "local"}
+    ckptconv.convert(source, tmp_path / "out", saver="mcore-dist", vocab_divisor=DIVISOR, saver_options=options)
+    found = judge_dist_logits(tmp_path / "out", source, ids, Layout(ep=2), divisor=DIVISOR)
+    np.testing.assert_allclose(found, expected(source), rtol=0, atol=TOLERANCE)
+
+
 def check(ours: Ours, layout: Layout, written: Written, ids: torch.Tensor, expected: Expected, **judging: Any) -> None:
     source, folder = written(ours)
     found = judge_dist_logits(folder, source, ids, layout, divisor=DIVISOR, **judging)

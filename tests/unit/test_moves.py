@@ -119,6 +119,14 @@ def test_clip_covers_the_window_once(data: st.DataObject) -> None:
     assert len(clip(move, lo, hi)) <= 2 * len(shape)
 
 
+def test_clip_covers_every_window_of_a_box_once() -> None:
+    move = make(Source("f", 0, 1000), 0, (3, 4, 2), (2, 6, 24), 10, (20, 4, 2), 2, 2, ())  # with gaps between its rows
+    for lo in range(0, 80, 2):
+        for hi in range(lo, 80, 2):
+            inside = sorted(e for e in elements(move) if lo <= e[1] < hi)
+            assert sorted(e for part in clip(move, lo, hi) for e in elements(part)) == inside, (lo, hi)
+
+
 def elements(move: moves.Move) -> list[tuple[int, int]]:
     """(source byte, destination byte) of every element."""
     pairs = [
@@ -199,6 +207,31 @@ def test_reader_keeps_few_sources_open(tmp_path: Path, monkeypatch: pytest.Monke
         assert len(os.listdir("/proc/self/fd")) == before + 3
     assert len(os.listdir("/proc/self/fd")) == before
     np.testing.assert_array_equal(out, np.repeat(np.arange(10, dtype=np.uint8), 4))
+
+
+def test_fill_more_runs_than_one_read_takes(path: str) -> None:
+    """The system refuses more than 1024 buffers."""
+    source = Source(path, 3, DATA.nbytes)
+    windows = [contiguous(source.inside(16 * i, 4), (2,), DTYPES["uint16"]) for i in range(3000)]
+    np.testing.assert_array_equal(concat(windows, 0).numpy(), DATA[:24000].reshape(3000, 8)[:, :2].reshape(-1))
+
+
+def test_fill_after_a_read_that_failed_half_way(tmp_path: Path) -> None:
+    """What is left of it in the buffer is not taken for what was there before."""
+    array = np.arange(64, dtype=np.uint16).reshape(8, 8)
+    for name, data in (("whole", array), ("cut", array[:4] + 100)):
+        (tmp_path / name).write_bytes(data.tobytes())
+    whole, cut = (
+        contiguous(Source(str(tmp_path / n), 0, 128), (8, 8), DTYPES["uint16"]).permute((1, 0))
+        for n in ("whole", "cut")
+    )
+    out = np.zeros(128, np.uint8)
+    with Reader() as reader:
+        reader.fill(whole.lower(), out, 0)
+        with pytest.raises(FormatError, match="truncated"):
+            reader.fill(cut.lower(), out, 0)
+        reader.fill(whole.lower(), out, 0)
+    np.testing.assert_array_equal(out.view(np.uint16).reshape(8, 8), array.T)
 
 
 def test_fill_constants_through_functions_counts_each_copy() -> None:

@@ -179,6 +179,11 @@ TAGS = frozenset({*_FLAGS, *KINDS, *_COUNTED, "dense", "moe", "norm_bias"})
 AXES = frozenset(_SIZES)
 
 
+def part_of(config: ModelConfig, atom: str) -> ModelConfig:
+    """The config that an atom's sizes are of: its tower's, or the model's own."""
+    return config.towers.get(atom.partition(".")[0], config)
+
+
 def units(config: ModelConfig, axis: str) -> int:
     """How many indivisible units an axis has: heads for q, key/value heads for kv, else its size."""
     return int(getattr(config, _UNITS[axis])) if axis in _UNITS else config.size(axis)

@@ -134,6 +134,8 @@ def _completed(
     listed = raw.get("block", [])
     blocks = [b for b in listed if isinstance(b, dict)] if isinstance(listed, list) else []
     opened = [b for b in blocks if "config" in b]
+    if families and len(families) != len(opened):
+        raise MappingError(f"{name} has {len(opened)} parts to choose, {len(families)} are given: {', '.join(families)}")
     given = dict(zip(map(id, opened), families or [None] * len(opened), strict=True))
     parts = tuple(Part(str(b.get("scope", "")), str(b.get("use", "")), str(b["config"]), given[id(b)]) for b in opened)
     for part in parts:
@@ -215,12 +217,6 @@ def _spelled(mapping: Mapping) -> Mapping:
         for rule in mapping.rules
     ]
     return replace(mapping, rules=tuple(rules), variants=(*mapping.variants, tuple(tags.values())), prefixes=())
-
-
-def prefix_of(tag: str) -> str | None:
-    """The prefix that a variant stands for, if it does."""
-    _, colon, prefix = tag.partition(":")
-    return prefix if colon else None
 
 
 def _rules(

@@ -6,7 +6,7 @@ checkpoint: distrib_optim.pt holds the buffers as they lie, without the padding 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import lcm
 from typing import NamedTuple
 
@@ -84,7 +84,11 @@ class Buffer:
             shares = self._shares(bucket, flat)
             dist.all_gather(shares, shares[self.group.rank()].clone(), group=self.group)
 
-    def without_padding(self, flat: Tensor) -> Tensor:
+    def flattened(self, tensors: Mapping[Weight, Tensor]) -> Tensor:
+        """Float32 tensors of the parameters' shapes as they are filed: in the buffer's order, less the padding of buckets."""
+        flat = torch.zeros(len(self.values))
+        for w, tensor in tensors.items():
+            self.of(w, flat).copy_(tensor)
         return torch.cat([flat[b.start : b.filled] for b in self.buckets])
 
     def with_padding(self, stored: Tensor) -> Tensor:

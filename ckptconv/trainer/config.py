@@ -19,7 +19,7 @@ class ModelConfig:
     layers: int = 4
     hidden: int = 32
     ffn: int = 64
-    heads: int = 4
+    heads: int = 8
     kv_heads: int = 4
     vocab: int = 256
     seq: int = 32

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ckptconv.trainer.buffers import Buffer
 from ckptconv.trainer.config import Config
-from ckptconv.trainer.model import Stage, weights_of
+from ckptconv.trainer.model import weights_of
 from ckptconv.trainer.parallel import Grid, Weight
 
 SLOTS = ("param", "exp_avg", "exp_avg_sq")
@@ -37,7 +37,7 @@ class Member:
     `groups` are matrices, which decay, and vectors, which do not; a group is there on every rank if any rank has use for it.
     """
 
-    def __init__(self, config: Config, grid: Grid, chunks: Sequence[Stage], experts: bool) -> None:
+    def __init__(self, config: Config, grid: Grid, chunks: Sequence[nn.Module], experts: bool) -> None:
         t = config.training
         self.experts, self.distributed, self.steps = experts, t.distributed_optimizer, 0
         group = grid.expert_data if experts else grid.data
@@ -75,18 +75,24 @@ class Member:
             b.gather(b.values)
             b.gradients.zero_()
 
-    def slots(self) -> list[Slots]:
-        """Per buffer, master and moments of all its parameters, gathered from all who own a share."""
-        found = [{slot: torch.zeros(len(b.values)) for slot in SLOTS} for b in self.buffers]
-        for p in self.pieces.values():
-            held = {"param": p.master.detach(), **self.adam.state.get(p.master, {})}
-            for slot, flat in found[self.buffers.index(p.buffer)].items():
-                if slot in held:
-                    p.of(flat).copy_(held[slot])
-        for b, flats in zip(self.buffers, found, strict=True):
-            for flat in flats.values():
+    def slots(self) -> dict[Weight, Slots]:
+        """Master and moments of all parameters, gathered from those who own them."""
+        found: dict[Weight, Slots] = {w: {} for b in self.buffers for w in b.starts}
+        for b in self.buffers:
+            for slot in SLOTS:
+                flat = torch.zeros(len(b.values))
+                for p in (p for p in self.pieces.values() if p.buffer is b):
+                    held = {"param": p.master.detach(), **self.adam.state.get(p.master, {})}
+                    p.of(flat).copy_(held.get(slot, torch.zeros(())))
                 b.gather(flat)
+                for w in b.starts:
+                    found[w][slot] = b.of(w, flat)
         return found
+
+    def settings(self) -> list[dict[str, Any]]:
+        """The parameter groups without the parameters. A distributed optimizer keeps the step count here."""
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in self.adam.state_dict()["param_groups"]]
+        return [g | {"step": float(self.steps)} for g in groups] if self.distributed else groups
 
     def reload(self) -> None:
         """Masters begin again from the parameters."""
@@ -94,7 +100,7 @@ class Member:
             p.master.data.copy_(p.of(p.buffer.values))
 
     def restore(self, w: Weight, slots: Slots, steps: int) -> None:
-        """What this rank owns of a parameter's whole slots, taken over."""
+        """What this rank owns of a parameter's slots, taken over."""
         self.steps = steps
         if (p := self.pieces.get(w)) is None:
             return
@@ -130,7 +136,7 @@ def _piece(buffer: Buffer, w: Weight) -> Piece | None:
 class Optimizer:
     """The chain of members, and what they share: the average over copies, the tied weights' sum, the norm, the clip."""
 
-    def __init__(self, config: Config, grid: Grid, chunks: Sequence[Stage]) -> None:
+    def __init__(self, config: Config, grid: Grid, chunks: Sequence[nn.Module]) -> None:
         self.grid, self.clip = grid, config.training.clip
         self.members = [
             Member(config, grid, chunks, experts) for experts in ((False, True) if grid.ep > 1 else (False,))

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from ckptconv.trainer import checkpoint, data, pipeline
 from ckptconv.trainer.config import Config
 from ckptconv.trainer.model import Stage, initialize, named_weights
 from ckptconv.trainer.optimizer import Optimizer, Scheduler
 from ckptconv.trainer.parallel import Grid
+from ckptconv.trainer.vlm import VisionLanguageStage
+
+Report = Callable[[int, float, float], None]
 
 
 @dataclass
@@ -61,19 +66,27 @@ class Run:
         return loss.item() / (grid.dp * grid.tp), norm
 
 
-def build(config: Config, grid: Grid, number: int) -> Stage:
+def build(config: Config, grid: Grid, number: int) -> nn.Module:
     """Virtual stage `number`, started from the seed, with what is frozen frozen."""
-    stage = Stage(config, grid, number)
+    vision = config.vision
+    stage = VisionLanguageStage(config, grid, vision, number) if vision else Stage(config, grid, number)
     initialize(stage, grid, config.training.seed)
     for name, w in named_weights(stage):
         w.requires_grad_(not name.startswith(config.training.freeze))
     return stage
 
 
-def train(config: Config, load: Path | None = None, save: Path | None = None, *, fresh: bool = False) -> History:
+def train(
+    config: Config,
+    load: Path | None = None,
+    save: Path | None = None,
+    *,
+    fresh: bool = False,
+    report: Report | None = None,
+) -> History:
     """Trains up to step `config.training.steps`, from the start or from a checkpoint, and saves at the end.
 
-    `fresh` takes only the parameters of the checkpoint: a new stage of training begins.
+    `fresh` takes only the parameters of the checkpoint: a new stage of training begins. `report` is told of every step.
     """
     run = Run(config)
     if load is not None:
@@ -83,6 +96,8 @@ def train(config: Config, load: Path | None = None, save: Path | None = None, *,
         loss, norm = run.step()
         history.losses.append(loss)
         history.norms.append(norm)
+        if report is not None:
+            report(run.iteration, loss, norm)
     if save is not None:
         checkpoint.save(run, save)
     run.grid.close()

@@ -1,0 +1,62 @@
+"""The trainer's command line: python -m ckptconv.trainer --config run.toml, or the same under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ckptconv.trainer.config import Config, read
+from ckptconv.trainer.launch import joined, launch
+from ckptconv.trainer.plot import draw
+from ckptconv.trainer.run import History, train
+
+
+def main() -> None:
+    options = _options()
+    config = read(options.config) if options.config else Config()
+    config = config.but(steps=config.training.steps if options.steps is None else options.steps)
+    config = replace(
+        config, layout=replace(config.layout, **{d: n for d in ("tp", "pp", "vpp", "ep") if (n := getattr(options, d))})
+    )
+
+    def job() -> History:
+        report = _tell if dist.get_rank() == 0 else None
+        history = train(config, options.load, options.save, fresh=options.fresh, report=report)
+        if options.plot and dist.get_rank() == 0:
+            draw(history, options.plot)
+        return history
+
+    if "RANK" in os.environ:  # a process of torchrun's
+        dist.init_process_group("gloo")
+        joined(job)
+    else:
+        at = config.layout
+        launch(at.tp * at.pp * (options.dp or at.ep), job)
+
+
+def _tell(step: int, loss: float, norm: float) -> None:
+    print(f"step {step:4d}  loss {loss:.6f}  norm {norm:.6f}", flush=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m ckptconv.trainer", description=__doc__)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a TOML file; without it, a small decoder on text")
+    parser.add_argument("--steps", type=int, help="train up to this step")
+    for degree in ("tp", "pp", "vpp", "ep"):
+        parser.add_argument(f"--{degree}", type=int, help="in place of the file's")
+    parser.add_argument(
+        "--dp", type=int, help="data-parallel copies, unless torchrun says how many processes there are"
+    )
+    parser.add_argument("--load", type=Path, metavar="FOLDER", help="go on from this checkpoint")
+    parser.add_argument("--fresh", action="store_true", help="take its parameters only, and begin at step 0")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="save here after the last step")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the losses")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

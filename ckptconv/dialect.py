@@ -55,6 +55,12 @@ def variants(mapping: Mapping, chosen: frozenset[str] = frozenset()) -> list[fro
     return [frozenset(tags) for tags in itertools.product(*groups)]
 
 
+def prefix_of(tag: str) -> str | None:
+    """The prefix that a variant stands for, if it does."""
+    _, colon, prefix = tag.partition(":")
+    return prefix if colon else None
+
+
 def _misfits(mapping: Mapping, table: Dict[tuple[Rank, str], object], ranks: Dict[Rank, Dict[Key, Tensor]]) -> int:
     """How many names of the ranks in the table are missing, unexpected or of another shape."""
     seen = {rank for rank, _ in table}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from collections.abc import Mapping as Dict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from ckptconv.config import ModelConfig
 from ckptconv.containers import json_file, safetensors
 from ckptconv.containers.dcp_metadata import NAME as METADATA
 from ckptconv.containers.folder import inside
-from ckptconv.dialect import detect
+from ckptconv.dialect import detect, prefix_of
 from ckptconv.dtypes import UINT8
 from ckptconv.errors import CkptconvError, ConfigError, TopologyError, UsageError
 from ckptconv.formats import Request
@@ -41,6 +41,7 @@ from ckptconv.huggingface.files import (
     side_files,
 )
 from ckptconv.leaves import contiguous
+from ckptconv.mapping import Mapping
 from ckptconv.mapping_files import chosen, families, family_names
 from ckptconv.plan import File, Plan, Segment
 from ckptconv.sizes import parse_size
@@ -48,6 +49,7 @@ from ckptconv.source import Source, whole
 from ckptconv.tensor import Tensor
 from ckptconv.topology import Rank, Topology, even
 
+ALONE = ("", "vision_model.", "radio_model.")  # prefixes that the classes of vision towers read
 SHARD_FLAG = "--saver.max-shard-size"
 UNTRUSTED = (
     "rope_theta (converters of Megatron-LM save 10000 for every model)",
@@ -75,6 +77,10 @@ class HfSave:
     )
     template: Path | None = field(
         default=None, metadata={"help": "Hugging Face folder whose config.json and tokenizer to start from"}
+    )
+    prefix: str | None = field(
+        default=None,
+        metadata={"help": "what all names of a vision tower begin with: vision_model. (transformers 4) or nothing (5)"},
     )
     config_from_args: bool = field(
         default=False,
@@ -140,13 +146,14 @@ class Hf:
             raise ConfigError(f"Hugging Face files have no place for {state}; --optimizer drop leaves it out")
         mapping = chosen(_family(config, options, request), request.mappings)
         check_fits(config, mapping)
-        rows = request.vocab or config.vocab
+        rows = config.vocab_rows if config.kind != "text" else request.vocab or config.vocab
         if rows is None:
             raise ConfigError(
                 f"how many of the embedding's {config.vocab_rows} rows are real is not known: give --vocab-size"
             )
         origin = checkpoint.origin.variant if checkpoint.origin.format == self.name else frozenset[str]()
-        variant = frozenset(next((t for t in group if t in origin), group[0]) for group in mapping.variants)
+        variant = frozenset(_written(group, origin, config, options) for group in mapping.variants)
+        _refuse_other_prefix(options, variant, mapping)
         return Target(mapping, variant, even(config.layers), rows)
 
     def save(self, stored: Stored, options: HfSave, request: Request) -> Plan:
@@ -162,6 +169,8 @@ class Hf:
         return Plan(tuple(files), about=about)
 
     def usage(self, stored: Stored, dst: str, options: HfSave) -> str:
+        if stored.config.kind == "vision":
+            return _tower_usage(stored, dst)
         names = {name for name in stored.extras.files if name.startswith(("tokenizer", "vocab", "spiece"))}
         lines = [
             f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if names else ''}",
@@ -170,6 +179,35 @@ class Hf:
         if names:
             lines.append(f"tokenizer = AutoTokenizer.from_pretrained({dst!r})")
         return "\n".join(lines)
+
+
+def _written(group: tuple[str, ...], origin: Container[str], config: ModelConfig, options: HfSave) -> str:
+    """Which of several forms is written: the prefix asked for, else the source's form, else the first.
+
+    A tower does not keep the prefix that it has inside a larger model: its own class would not find its tensors.
+    """
+    prefixes = {prefix_of(tag): tag for tag in group}
+    if options.prefix in prefixes and options.prefix is not None:
+        return prefixes[options.prefix]
+    kept = next((tag for tag in group if tag in origin), group[0])
+    return group[0] if config.kind == "vision" and prefix_of(kept) not in (None, *ALONE) else kept
+
+
+def _refuse_other_prefix(options: HfSave, variant: Iterable[str], mapping: Mapping) -> None:
+    if options.prefix is not None and options.prefix not in map(prefix_of, variant):
+        known = [repr(prefix_of(tag)) for group in mapping.variants for tag in group if prefix_of(tag) is not None]
+        raise UsageError(
+            f"--saver.prefix {options.prefix!r}: names in {mapping.name} begin with {' or '.join(known) or 'no prefix'}"
+        )
+
+
+def _tower_usage(stored: Stored, dst: str) -> str:
+    """The class of transformers, or the code of the model's own that its config.json points to."""
+    table, _ = write_config(stored.config, None, stored.mapping)
+    own_code, names = "auto_map" in table, table["architectures"]
+    name = "AutoModel" if own_code or not isinstance(names, list) else names[0]
+    trust = ", trust_remote_code=True" if own_code else ""
+    return f'from transformers import {name}\nmodel = {name}.from_pretrained({dst!r}, torch_dtype="auto"{trust})'
 
 
 def _family(config: ModelConfig, options: HfSave, request: Request) -> str:
@@ -226,10 +264,10 @@ def _start(stored: Stored, options: HfSave, request: Request) -> _Start:
         path = _template_config(options.template)
         text = json_file.read_bytes(path)
         files = {**files, **side_files(options.template)}
-        return _Start(_checked(json_file.parse(text, str(path)), str(path), stored, request), text, files)
+        return _from_text(text, str(path), files, stored, request)
     if (source := stored.extras.files.get(CONFIG)) is not None:
         text = json_file.read_bytes(source)
-        return _Start(_checked(json_file.parse(text, source.path), source.path, stored, request), text, files)
+        return _from_text(text, source.path, files, stored, request)
     beside = stored.extras.objects.get("hf_config")
     if isinstance(beside, dict):
         return _Start(_checked(beside, "the hf/ folder of the source", stored, request), None, files)
@@ -240,6 +278,13 @@ def _start(stored: Stored, options: HfSave, request: Request) -> _Start:
         "the same model), or --saver.config-from-args with --family NAME to make one from the checkpoint's arguments, "
         f"which do not tell these for certain: {'; '.join(UNTRUSTED)}"
     )
+
+
+def _from_text(text: bytes, where: str, files: Dict[str, Source], stored: Stored, request: Request) -> _Start:
+    """A config.json as it is; of a larger model's only what is this family's."""
+    table = _checked(json_file.parse(text, where), where, stored, request)
+    own = own_section(table, stored.mapping)
+    return _Start(own, text if own is table else None, files)
 
 
 def _as_template(stored: Stored, start: _Start) -> tuple[ModelConfig, list[str]]:

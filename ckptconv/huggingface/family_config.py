@@ -19,17 +19,24 @@ from typing import Any
 
 from ckptconv.config import ModelConfig, Rope
 from ckptconv.errors import ConfigError, MappingError, UsageError
-from ckptconv.huggingface.config_codecs import ABSENT, CODECS, Entry, Section, Table, plain
+from ckptconv.huggingface.config_codecs import ABSENT, Codec, Entry, Fields, Section, Table, plain
+from ckptconv.huggingface.config_codecs import CODECS as TEXT_CODECS
+from ckptconv.huggingface.told import TOLD, told, told_fields
+from ckptconv.huggingface.tower_codecs import TOWER_CODECS
 from ckptconv.mapping import Mapping
 from ckptconv.mapping_files import chosen, family_names
-from ckptconv.tensor import Tensor
+from ckptconv.tensor import Shape, Tensor
 
-TABLES = ("default", "const")
+CODECS: dict[str, Codec] = {**TEXT_CODECS, **TOWER_CODECS}
+SECTION = "section"
+NO_FIELDS = ("default", "const", TOLD, SECTION)
 MAX_INDEX = 8192  # layers or experts: a file that claims more is lying, and would cost its number in memory
 MAX_SIZE = 1 << 40
-NOT_HELD = {"family", "raw", "vocab", "vocab_rows", "dtype", "experts", "moe_ffn", "router_topk"}
+NOT_HELD = {"family", "raw", "vocab", "vocab_rows", "dtype", "experts", "moe_ffn", "router_topk", "true_heads"}
 TOKENS = ("bos_token_id", "eos_token_id")  # unlike the class's own defaults, null claims nothing about a tokenizer
 KINDS = {f.name: str(f.type) for f in fields(ModelConfig)}
+FLAGS = frozenset(name for name, kind in KINDS.items() if kind == "bool")
+REQUIRED = [f.name for f in fields(ModelConfig) if f.default is MISSING and f.default_factory is MISSING]
 
 
 def family_of(raw: Table, mappings: Sequence[Mapping], where: str = "config.json") -> Mapping:
@@ -60,8 +67,20 @@ def _matches(value: object, wanted: object) -> bool:
     return value in wanted if isinstance(wanted, list) else value == wanted
 
 
-def read_config(raw: Table, where: str, mapping: Mapping) -> ModelConfig:
-    """The architecture a config.json states. Everything wrong with it is listed in one error."""
+def own_section(raw: Table, mapping: Mapping) -> Table:
+    """A config.json as the family itself would write it: a larger model's holds the family's in a section."""
+    inner = raw.get(str(mapping.config.get(SECTION)))
+    if not isinstance(inner, dict):
+        return raw
+    const = mapping.config.get("const", {})
+    assert isinstance(const, dict)
+    own = {key: const[key] for key in ("architectures", "model_type") if key in const}
+    outer = {key: raw[key] for key in ("dtype", "torch_dtype") if key in raw}
+    return {**own, **outer, **inner, **own}
+
+
+def read_config(raw: Table, where: str, mapping: Mapping, shapes: Dict[str, Shape] | None = None) -> ModelConfig:
+    """The architecture a config.json states, and the shapes of the tensors tell. Everything wrong with it is listed in one error."""
     if raw.get("quantization_config") is not None:
         raise ConfigError(
             f"{where}: quantization_config is there: quantised weights are not supported yet; use the original ones"
@@ -77,12 +96,21 @@ def read_config(raw: Table, where: str, mapping: Mapping) -> ModelConfig:
             problems.append(str(error))
     if problems:
         raise ConfigError("\n".join(problems))
+    known = _with_told(known, told(mapping, shapes or {}, known, FLAGS, where))
+    if unknown := [name for name in REQUIRED if name not in known and name != "family"]:
+        raise ConfigError(f"{where}: neither it nor the weights tell {', '.join(unknown)} of this {mapping.name} model")
     config = ModelConfig(family=mapping.name, raw=raw, **known)
     try:
         config.check()
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     return config
+
+
+def _with_told(known: Fields, told: Fields) -> dict[str, Any]:
+    """What the weights tell goes before what is stated, but for heads: those beyond the stated ones are dummies."""
+    more = told.get("heads", known.get("heads")) != known.get("heads")
+    return {**known, **told, **({"true_heads": known["heads"]} if more else {})}
 
 
 def _check_size(entry: Entry, value: object, where: str) -> None:
@@ -162,7 +190,7 @@ def config_text(table: Table) -> bytes:
 def check_fits(config: ModelConfig, mapping: Mapping) -> None:
     """Refuse an architecture that a family has no words for, with everything that does not fit."""
     table = entries(mapping)
-    keyed, fixed = {e.field for e in table}, _fixed(mapping)
+    keyed, fixed = {e.field for e in table} | told_fields(mapping), _fixed(mapping)
     problems = []
     for field in fields(ModelConfig):
         if field.name in keyed or field.name in NOT_HELD or field.default is MISSING:
@@ -199,7 +227,7 @@ def entries(mapping: Mapping) -> tuple[Entry, ...]:
         raise MappingError(
             f"mapping {mapping.name!r} has no [config]: it is a dialect, not a family of Hugging Face models"
         )
-    rows = [(k, v) for k, v in mapping.config.items() if k not in TABLES and v is not False]
+    rows = [(k, v) for k, v in mapping.config.items() if k not in NO_FIELDS and v is not False]
     table = [_entry(name, row, mapping) for name, row in rows]
     return tuple(sorted(table, key=lambda e: e.codec not in ("rename", "read_only")))
 
@@ -228,5 +256,6 @@ def _defaults(mapping: Mapping) -> Table:
 
 
 def _fixed(mapping: Mapping) -> dict[str, Any]:
-    """Fields that a family has no key for, only a value."""
-    return {k: v for k, v in _defaults(mapping).items() if mapping.config.get(k, False) is False}
+    """Fields that a family has no key for, only a value. One that says nothing of rotary embeddings has none."""
+    fixed = {k: v for k, v in _defaults(mapping).items() if mapping.config.get(k, False) is False}
+    return fixed if "rope" in mapping.config else {"rope": None, **fixed}

@@ -70,12 +70,17 @@ class TestNemo(FormatContract):
     to_hf = False  # a Hugging Face family cannot be told from an archive
 
 
-ALIKE = tuple(name for name in SHAPES if name != "moe-some-layers")
+ALIKE = tuple(name for name, config in SHAPES.items() if config.kind == "text" and name != "moe-some-layers")
+CLIP, SIGLIP = ("clip", "clip-projected"), ("siglip", "siglip-no-head")
+TOWERS = {"shapes": (*CLIP, *SIGLIP), "layouts": ("whole", "tp2", "tp8")}
 MAPPINGS: dict[str, dict[str, Any]] = {
+    "clip-names": {"shapes": ("clip",), "layouts": ("whole",)},
     "mcore-dist": {"layouts": ("whole", "tp2"), "refuses": ("tp2",)},
     "mcore-dist-singleton": {"layouts": ("whole", "pp2-vpp2"), "refuses": ("pp2-vpp2",)},
     "mcore-dist-stacked": {"shapes": ALIKE, "layouts": ("whole", "tp2-ep2"), "refuses": ("tp2-ep2",)},
     "mcore-local": {"layouts": ("whole", "tp2", "tp4-ep2-etp1")},  # the cuts are mcore's
+    "mcore-vision": TOWERS,
+    "mcore-vision-local": TOWERS,
     "megatron-legacy": {
         "shapes": ("dense", "tied", "qkv-bias", "biases", "layernorm"),
         "layouts": ("whole", "tp4-pp2", "pp2-vpp2", "uneven", "tp8"),

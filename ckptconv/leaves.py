@@ -10,7 +10,7 @@ import numpy as np
 from ckptconv.dtypes import DType
 from ckptconv.nodes import Fill, View
 from ckptconv.source import Source
-from ckptconv.tensor import Tensor
+from ckptconv.tensor import Tensor, row_major
 
 
 def view(source: Source, offset: int, shape: Iterable[int], strides: Iterable[int], dtype: DType) -> Tensor:
@@ -27,11 +27,7 @@ def contiguous(source: Source, shape: Iterable[int], dtype: DType) -> Tensor:
     shape = tuple(shape)
     if math.prod(shape) * dtype.itemsize != source.nbytes:
         raise ValueError(f"{source.nbytes} bytes are not a {dtype} tensor of shape {shape}")
-    strides, n = [], dtype.itemsize
-    for size in reversed(shape):
-        strides.append(n)
-        n *= size
-    return view(source, 0, shape, reversed(strides), dtype)
+    return view(source, 0, shape, row_major(shape, dtype.itemsize), dtype)
 
 
 def full(shape: Iterable[int], dtype: DType, value: float) -> Tensor:

@@ -223,7 +223,7 @@ class Reader:
             elif move.fns or not move.is_runs or (len(move.shape) > 1 and move.shape[-1] < RUN):
                 loss = loss.plus(self._gather(move, out, to, window))
             else:
-                runs += _straight_runs(move, move.source.origin, to)
+                runs += _straight_runs(move, to)
         self._read_runs(runs, out.data)
         return loss
 
@@ -361,17 +361,20 @@ def _span(move: Move) -> Span:
     return Span(move.source.origin, move.offset, move.offset + move.span)
 
 
-def _straight_runs(move: Move, origin: Origin, to: int) -> Iterator[_Run]:
+def _straight_runs(move: Move, to: int) -> list[_Run]:
     """The byte runs of a move whose last axis is one."""
-    at, n = move.out - to, move.shape[-1]
+    assert move.source is not None
+    origin, at, n = move.source.origin, move.out - to, move.shape[-1]
     if len(move.shape) == 1:
-        yield _Run(origin, move.offset, at, n)
-        return
-    for index in product(*map(range, move.shape[:-1])):
-        offset = sum(i * s for i, s in zip(index, move.strides, strict=False))
-        yield _Run(
-            origin, move.offset + offset, at + sum(i * s for i, s in zip(index, move.out_strides, strict=False)), n
-        )
+        return [_Run(origin, move.offset, at, n)]
+    return [
+        _Run(origin, move.offset + _along(index, move.strides), at + _along(index, move.out_strides), n)
+        for index in product(*map(range, move.shape[:-1]))
+    ]
+
+
+def _along(index: Shape, strides: Shape) -> int:
+    return sum(i * s for i, s in zip(index, strides, strict=False))
 
 
 def _split(move: Move, limit: int) -> Iterator[Move]:

@@ -84,13 +84,12 @@ class Tensor:
         """The elementwise function `fn` of every value; the only thing that changes a dtype."""
         raise NotImplementedError
 
-    def lower(self) -> list[Move]:
-        """The tree as strided byte boxes from source to destination (row-major): all the executor ever sees of a tensor."""
-        strides, n = [], self.dtype.itemsize
-        for size in reversed(self.shape):
-            strides.append(n)
-            n *= size
-        return [] if self.nbytes == 0 else self._lower(0, tuple(reversed(strides)), self.dtype.itemsize, ())
+    def lower(self, at: int = 0) -> list[Move]:
+        """The tree as strided byte boxes from source to destination (row-major, from byte `at` on): all the executor ever
+        sees of a tensor.
+        """
+        itemsize = self.dtype.itemsize
+        return [] if 0 in self.shape else self._lower(at, row_major(self.shape, itemsize), itemsize, ())
 
     def numpy(self) -> NDArray[np.generic]:
         """Read the whole tensor into a new array."""
@@ -124,3 +123,13 @@ class Tensor:
 
     def _lower(self, out: int, out_strides: Shape, out_item: int, fns: tuple[ValueFn, ...]) -> list[Move]:
         raise NotImplementedError
+
+
+def row_major(shape: Shape, itemsize: int) -> Shape:
+    """The strides, in bytes, of an array without gaps."""
+    strides = []
+    for size in reversed(shape):
+        strides.append(itemsize)
+        itemsize *= size
+    strides.reverse()
+    return tuple(strides)

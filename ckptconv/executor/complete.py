@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import xxhash
@@ -16,24 +16,35 @@ from ckptconv.executor.manifest import FileEntry, Names, TensorEntry, digest_of,
 from ckptconv.executor.outputs import Outputs, write_file
 from ckptconv.executor.units import CHUNK, PIECE, Claim, pieces
 from ckptconv.moves import Reader
-from ckptconv.plan import File, Late, Plan
+from ckptconv.plan import File, Late, Plan, Segment
 from ckptconv.tensor import Tensor
 from ckptconv.values import Loss
 
+Plain = bytes | bytearray
+
 
 class Completion:
-    """`done` has a proof for every piece of every tensor outside final files; those of final files are added to it."""
+    """`proofs` are of every piece of every tensor outside final files; those of final files are added to it."""
 
-    def __init__(self, plan: Plan, outputs: Outputs, done: dict[Claim, Proof]) -> None:
-        self._plan, self._outputs, self._done = plan, outputs, done
+    def __init__(self, plan: Plan, outputs: Outputs, proofs: dict[Claim, Proof]) -> None:
+        self._plan, self._outputs, self._proofs = plan, outputs, proofs
         self.wrote: Callable[[int], None] = lambda _: None  # told how many bytes, for the progress
-        self._rest: dict[int, str] = {}  # file -> digest of what is not in a tensor
+        self._names = Names(plan.root)
+        self._entries: dict[int, bytes] = {}  # file -> what the manifest says of it
+        self._waiting: list[tuple[int, int, Plain]] = []  # (file, offset, bytes) still to be written
 
-    def write_rest(self, covered: set[tuple[int, int]]) -> None:
-        """All that is not a tensor, but for segments that went with a batch."""
+    def prepare(self, covered: set[tuple[int, int]]) -> None:
+        """Work out all that is not a tensor, but for final files; write nothing yet. Segments in `covered` went with a batch."""
         for f, file in enumerate(self._plan.files):
             if not file.final:
-                self._write_plain(f, file, covered)
+                self._prepare(f, file, covered)
+
+    def write_rest(self) -> None:
+        """What is prepared."""
+        for f, offset, data in self._waiting:
+            self._outputs.write_at(f, memoryview(data), offset)
+            self.wrote(len(data))
+        self._waiting.clear()
 
     def write_final(self) -> None:
         """The files that say the others are complete, in the plan's order."""
@@ -45,54 +56,51 @@ class Completion:
                 for s, segment in enumerate(file.segments):
                     if isinstance(segment.body, Tensor):
                         self._write_tensor(reader, f, s, segment.offset, segment.body)
-            self._write_plain(f, file, set())
+            self._prepare(f, file, set())
+            self.write_rest()
             self._outputs.sync([f])
 
     def write_manifest(self, folder: str, identity: Fingerprint, durable: bool) -> None:
-        root = self._plan.root
-        sources = {relative(path, root): known.size for path, known in sorted(identity.sources.items())}
-        write_file(f"{folder}/{MANIFEST}", render(identity.about, sources, self._entries(root)), durable)
+        sources = {relative(path, self._plan.root): known.size for path, known in sorted(identity.sources.items())}
+        entries = (self._entries[f] for f in range(len(self._plan.files)))
+        write_file(f"{folder}/{MANIFEST}", render(identity.about, sources, entries), durable)
 
     def losses(self) -> dict[str, Loss]:
         """What casts lost, by `file: tensor`."""
         lost: dict[str, Loss] = {}
-        for claim, proof in sorted(self._done.items()):
-            if any(proof.loss):
-                file = self._plan.files[claim.file]
-                name = f"{file.path}: {file.segments[claim.segment].name}"
-                lost[name] = lost.get(name, Loss()).plus(proof.loss)
+        lossy = [(claim, proof.loss) for claim, proof in self._proofs.items() if any(proof.loss)]
+        for claim, loss in sorted(lossy):
+            file = self._plan.files[claim.file]
+            name = f"{file.path}: {file.segments[claim.segment].name}"
+            lost[name] = lost.get(name, Loss()).plus(loss)
         return lost
 
-    def _write_plain(self, f: int, file: File, covered: set[tuple[int, int]]) -> None:
-        rest = xxhash.xxh3_128()
-        for s, segment in enumerate(file.segments):
-            if isinstance(segment.body, Tensor):
+    def _prepare(self, f: int, file: File, covered: set[tuple[int, int]]) -> None:
+        rest, tensors, crcs = xxhash.xxh3_128(), [], self._crcs(f, file)
+        for s, (offset, body, name) in enumerate(file.segments):
+            if isinstance(body, Tensor):
+                nbytes = body.nbytes
+                parts = [self._proofs[Claim(f, s, piece)].digest for piece, _, _ in pieces(nbytes)]
+                tensors.append(TensorEntry(name, offset, nbytes, digest_of(parts), self._names.of(body)))
                 continue
-            data = self._plain(f, file, s)
+            data = body if isinstance(body, bytes) else _summed(body, crcs)
             rest.update(data)
             if (f, s) not in covered:
-                self._outputs.write_at(f, memoryview(data), segment.offset)
-                self.wrote(len(data))
-        self._rest[f] = rest.hexdigest()
+                self._waiting.append((f, offset, data))
+        self._entries[f] = FileEntry(file.path, file.size, rest.hexdigest(), tuple(tensors)).line().encode()
 
-    def _plain(self, f: int, file: File, s: int) -> bytes:
-        body = file.segments[s].body
-        if isinstance(body, bytes):
-            return body
-        assert isinstance(body, Late)
-        data = bytearray(body.template)
-        for position, of in body.crcs:
-            struct.pack_into("<I", data, position, self._crc(f, file, of))
-        return bytes(data)
+    def _crcs(self, f: int, file: File) -> dict[int, int]:
+        """The checksums that segments of the file wait for."""
+        wanted = {s for segment in file.segments if isinstance(segment.body, Late) for _, s in segment.body.crcs}
+        return {s: self._crc(f, s, file.segments[s]) for s in wanted}
 
-    def _crc(self, f: int, file: File, s: int) -> int:
-        segment = file.segments[s]
+    def _crc(self, f: int, s: int, segment: Segment) -> int:
         if isinstance(segment.body, bytes):
             return crc32(segment.body, 0)
-        total, nbytes = self._done[Claim(f, s, 0)].crc, segment.nbytes
+        total, nbytes = self._proofs[Claim(f, s, 0)].crc, segment.nbytes
         for piece, lo, hi in pieces(nbytes) if nbytes > PIECE else ():
             if piece:
-                total = crc32_combine(total, self._done[Claim(f, s, piece)].crc, hi - lo)
+                total = crc32_combine(total, self._proofs[Claim(f, s, piece)].crc, hi - lo)
         return total
 
     def _write_tensor(self, reader: Reader, f: int, s: int, base: int, tensor: Tensor) -> None:
@@ -106,19 +114,15 @@ class Completion:
                 crc = crc32(out.data, crc)
                 self._outputs.write_at(f, out.data, base + at)
                 self.wrote(len(out))
-            self._done[Claim(f, s, piece)] = Proof(digest.digest(), crc, loss)
+            self._proofs[Claim(f, s, piece)] = Proof(digest.digest(), crc, loss)
 
-    def _entries(self, root: str) -> Iterator[FileEntry]:
-        names = Names(root)
-        for f, file in enumerate(self._plan.files):
-            tensors = []
-            for s, segment in enumerate(file.segments):
-                if isinstance(segment.body, Tensor):
-                    nbytes = segment.nbytes
-                    parts = [self._done[Claim(f, s, piece)].digest for piece, _, _ in pieces(nbytes)]
-                    came = names.of(segment.body)
-                    tensors.append(TensorEntry(segment.name, segment.offset, nbytes, digest_of(parts), came))
-            yield FileEntry(file.path, file.size, self._rest[f], tuple(tensors))
+
+def _summed(late: Late, crcs: Mapping[int, int]) -> bytearray:
+    """Its bytes, with the checksums that they waited for."""
+    data = bytearray(late.template)
+    for position, of in late.crcs:
+        struct.pack_into("<I", data, position, crcs[of])
+    return data
 
 
 def folders(root: str, files: tuple[File, ...]) -> list[str]:

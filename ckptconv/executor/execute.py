@@ -16,9 +16,9 @@ from ckptconv.errors import FormatError, PlanError, ReplicaError, ResumeError, V
 from ckptconv.executor.complete import Completion, folders
 from ckptconv.executor.destination import Destination, check_free, check_space, commit, discard, in_place, locate
 from ckptconv.executor.fingerprint import Fingerprint, changed_sources, fingerprint, validate
-from ckptconv.executor.journal import Journal, Seal
+from ckptconv.executor.journal import Journal, Proof, Seal
 from ckptconv.executor.outputs import Outputs, sync_folder
-from ckptconv.executor.units import CHECKS, PIECE, units
+from ckptconv.executor.units import CHECKS, PIECE, Claim, units
 from ckptconv.executor.worker import START, Ledger, Progress, Worker
 from ckptconv.plan import Plan
 from ckptconv.tensor import Tensor
@@ -125,7 +125,8 @@ class _Run:
     ) -> None:
         self.plan, self.place, self.identity, self.journal, self.options = plan, place, identity, journal, options
         self.outputs = Outputs(place.partial, plan.files, options.durable)
-        self.completion = Completion(plan, self.outputs, journal.done)
+        self.proofs: dict[Claim, Proof] = {}  # of all that is written; what is in the journal is durable besides
+        self.completion = Completion(plan, self.outputs, self.proofs)
         self.resumed = 0
 
     def sealed_earlier(self) -> bool:
@@ -135,6 +136,7 @@ class _Run:
             return False
         if known.digest == self.identity.digest:
             self.resumed = self.plan.nbytes
+            self.proofs.update(self.journal.done)
             return True
         if not in_place(self.place, seal):
             return False  # `begin` refuses, and says what changed
@@ -172,6 +174,7 @@ class _Run:
         claimed = {claim.file for claim in self.journal.done} - {CHECKS}
         lost = [f for f in claimed if not self.outputs.whole(f)]
         self.journal.retract(lost)
+        self.proofs.update(self.journal.done)
         for claim in self.journal.done:
             if claim.file != CHECKS:
                 size = self.plan.files[claim.file].segments[claim.segment].nbytes
@@ -184,36 +187,40 @@ class _Run:
             self.outputs.create(f)
 
     def _work(self, workers: int, most: int, progress: Progress | None) -> None:
-        ledger = Ledger(units(self.plan, self.journal.done), progress)
+        """All tensors. What will stand between them is worked out while the disk still takes the last ones."""
+        ledger = Ledger(units(self.plan, self.proofs), self.proofs, progress)
         self.ledger = ledger
         if progress is not None:
             progress.start(self.plan.nbytes + sum(check.kept.nbytes for check in self.plan.checks))
             progress.advance(self.resumed)
-        crew = [Worker(self.plan, self.outputs, ledger, most) for _ in range(workers)]
-        threads = [Thread(target=worker.run, daemon=True) for worker in crew]
+        threads = [
+            Thread(target=Worker(self.plan, self.outputs, ledger, most).run, daemon=True) for _ in range(workers)
+        ]
         syncer = Thread(target=self._syncer, daemon=True)
         for thread in (*threads, syncer):
             thread.start()
         try:
             for thread in threads:
                 thread.join()
-        except BaseException as interrupt:  # noqa: BLE001 - raised again below
-            ledger.fail(interrupt)
+            ledger.end()
+            if not ledger.errors:
+                self._check_equal()
+                self.completion.prepare(ledger.covered)
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            ledger.fail(error)
             for thread in threads:
                 thread.join()
         ledger.end()
         syncer.join()
         if ledger.errors:
-            with suppress(OSError):
-                self._barrier()  # what is finished stays finished
             raise ledger.errors[0]
-        self._barrier()
-        self._check_equal()
 
     def _syncer(self) -> None:
+        """A barrier when it is time for one, and at the end, however that came: what is finished stays finished."""
         try:
             while self.ledger.await_barrier():
                 self._barrier()
+            self._barrier()
         except BaseException as error:  # noqa: BLE001 - raised again by the thread that started this one
             self.ledger.fail(error)
 
@@ -234,7 +241,7 @@ class _Run:
         """All that is not a tensor; then, if the sources are still what they were, the seal."""
         options, partial = self.options, self.place.partial
         self.completion.wrote = self.ledger.advance
-        self.completion.write_rest(self.ledger.covered)
+        self.completion.write_rest()
         self.outputs.sync([f for f, file in enumerate(self.plan.files) if not file.final])
         self.completion.write_final()
         infinite = {name: loss.to_inf for name, loss in self.completion.losses().items() if loss.to_inf}

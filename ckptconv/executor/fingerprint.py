@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from ckptconv.errors import FormatError, PlanError
-from ckptconv.nodes import View
+from ckptconv.nodes import Concat, Fill, Fold, Map, View
 from ckptconv.plan import File, Late, Plan
 from ckptconv.source import Identity, Source, identity
 from ckptconv.tensor import Tensor
@@ -39,9 +39,8 @@ def fingerprint(plan: Plan) -> Fingerprint:
     digest = xxhash.xxh3_128()
     numbers = _Numbers()
     for file in plan.files:
-        digest.update(marshal.dumps((file.path, file.size, file.final), 2))
-        for segment in file.segments:
-            digest.update(marshal.dumps((segment.offset, segment.name, _recipe(segment.body, numbers)), 2))
+        segments = [(offset, name, _recipe(body, numbers)) for offset, body, name in file.segments]
+        digest.update(marshal.dumps((file.path, file.size, file.final, segments), 2))
     for check in plan.checks:
         digest.update(marshal.dumps((check.name, _recipe(check.kept, numbers), _recipe(check.copy, numbers)), 2))
     sources = {os.path.abspath(path): numbers.checked(path) for path in numbers.ends}
@@ -57,10 +56,13 @@ class _Numbers:
         self.ends: dict[str, int] = {}
         self._numbers: dict[str, int] = {}
 
-    def of(self, source: Source, end: int) -> int:
-        """`end` says how long the file must be, if its bytes are read as they are."""
-        self.ends[source.path] = max(0 if source.coding else end, self.ends.get(source.path, 0))
-        return self._numbers.setdefault(source.path, len(self._numbers))
+    def of(self, source: Source) -> int:
+        """Of a coded file it is not known here how long it must be."""
+        path, offset, nbytes, coding = source
+        end = 0 if coding else offset + nbytes
+        if end >= self.ends.get(path, 0):
+            self.ends[path] = end
+        return self._numbers.setdefault(path, len(self._numbers))
 
     def checked(self, path: str) -> Identity:
         """The file's identity; an error if it is shorter than what will be read of it."""
@@ -72,20 +74,21 @@ class _Numbers:
 
 def _recipe(body: Tensor | bytes | Late, numbers: _Numbers) -> Any:
     """What makes the bytes, as plain tuples; sources are numbered, so that a long path is hashed once."""
+    if isinstance(body, View):
+        source = body.source
+        return body.dtype.name, numbers.of(source), source.coding, source.offset + body.offset, body.shape, body.strides
     if isinstance(body, bytes):
         return body
     if isinstance(body, Late):
         return body.template, body.crcs
-    if isinstance(body, View):  # most are; no need to work out how it is read
-        number = numbers.of(body.source, body.source.offset + body.source.nbytes)
-        return body.dtype.name, number, body.source.coding, body.source.offset + body.offset, body.shape, body.strides
-    moves = []
-    for move in body.lower():
-        number, coding = -1, ""
-        if move.source is not None:
-            number, coding = numbers.of(move.source, move.offset + move.span), move.source.coding
-        moves.append((number, coding, *move[1:-1], *map(repr, move.fns)))
-    return body.dtype.name, tuple(moves)
+    if isinstance(body, Concat):
+        return "concat", body.axis, [_recipe(part, numbers) for part in body.parts]
+    if isinstance(body, Fold):
+        return "fold", body.axis, _recipe(body.child, numbers)
+    if isinstance(body, Map):
+        return "map", repr(body.fn), body.dtype.name, _recipe(body.child, numbers)
+    assert isinstance(body, Fill), body
+    return "fill", body.dtype.name, body.shape, body.bits
 
 
 def changed_sources(sources: dict[str, Identity]) -> list[str]:

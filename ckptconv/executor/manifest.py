@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -28,8 +28,7 @@ _BUFFER = 1 << 20
 _MAX_MANIFEST = 1 << 28  # a million tensors
 
 
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
+class TensorEntry(NamedTuple):
     """A tensor as stored: where in its file, its digest (hex), and the source files its bytes came from."""
 
     name: str
@@ -68,14 +67,14 @@ class Manifest:
     files: dict[str, FileEntry]
 
 
-def render(about: dict[str, object], sources: dict[str, int], files: Iterable[FileEntry]) -> Iterator[bytes]:
-    """The manifest's bytes, made as they are asked for: a big one is never whole in memory."""
+def render(about: dict[str, object], sources: dict[str, int], files: Iterable[bytes]) -> Iterator[bytes]:
+    """The manifest's bytes; `files` are the lines of their entries."""
     head = {"manifest": _VERSION, "digest": "xxh3_128", "piece": PIECE, "about": about, "sources": sources}
     yield json.dumps(head, indent=1, sort_keys=True).removesuffix("\n}").encode() + b',\n "files": {'
-    separator = "\n"
-    for file in files:
-        yield f"{separator}{file.line()}".encode()
-        separator = ",\n"
+    separator = b"\n"
+    for lines in files:
+        yield separator + lines
+        separator = b",\n"
     yield b"\n }\n}\n"
 
 
@@ -91,7 +90,7 @@ class Names:
 
     def of(self, tensor: Tensor) -> tuple[str, ...]:
         """In the order of first use."""
-        return tuple(dict.fromkeys(self._name(path) for path in _paths(tensor)))
+        return tuple(dict.fromkeys(map(self._name, _paths(tensor))))
 
     def _name(self, path: str) -> str:
         known = self._known.get(path)
@@ -100,14 +99,12 @@ class Names:
         return known
 
 
-def _paths(tensor: Tensor) -> Iterator[str]:
+def _paths(tensor: Tensor) -> list[str]:
     if isinstance(tensor, View):
-        yield tensor.source.path
-    elif isinstance(tensor, Concat):
-        for part in tensor.parts:
-            yield from _paths(part)
-    elif isinstance(tensor, Map | Fold):
-        yield from _paths(tensor.child)
+        return [tensor.source.path]
+    if isinstance(tensor, Concat):
+        return [path for part in tensor.parts for path in _paths(part)]
+    return _paths(tensor.child) if isinstance(tensor, Map | Fold) else []
 
 
 def relative(path: str, root: str) -> str:

@@ -36,7 +36,7 @@ class Batch(NamedTuple):
 
     where: Where
     file: int
-    segments: tuple[int, ...]
+    segments: range
     lo: int
     hi: int
 
@@ -100,43 +100,41 @@ def pieces(nbytes: int) -> Iterator[tuple[int, int, int]]:
 
 def header_of(segment: Segment, index: int) -> bool:
     """Whether it is bytes that wait only for the checksum of the segment right behind (a zip record's local header)."""
-    return isinstance(segment.body, Late) and [k for _, k in segment.body.crcs] == [index + 1]
+    body = segment.body
+    return isinstance(body, Late) and len(body.crcs) == 1 and body.crcs[0][1] == index + 1
 
 
-def _runs(file: File) -> Iterator[list[int]]:
+def _runs(file: File) -> Iterator[range]:
     """The file's segments in runs: of small ones that are written at once, or a big one alone."""
-    run: list[int] = []
-    start = 0
+    edges = [*(segment.offset for segment in file.segments), file.size]
+    first = 0
     tied = False  # the run ends in a header whose record comes now
     for s, segment in enumerate(file.segments):
         header = header_of(segment, s)
-        last = file.segments[s + 1] if header else segment
+        last = s + 1 if header else s
         late = isinstance(segment.body, Late) and not header
-        if late or last.nbytes > SMALL or segment.nbytes > SMALL:
-            if run:
-                yield run
-            yield [s]
-            run, tied = [], False
+        if late or edges[last + 1] - edges[last] > SMALL or edges[s + 1] - edges[s] > SMALL:
+            if first < s:
+                yield range(first, s)
+            yield range(s, s + 1)
+            first, tied = s + 1, False
             continue
-        if run and not tied and last.offset + last.nbytes - start > CHUNK:
-            yield run
-            run = []
-        if not run:
-            start = segment.offset
-        run.append(s)
+        if first < s and not tied and edges[last + 1] - edges[first] > CHUNK:
+            yield range(first, s)
+            first = s
         tied = header
-    if run:
-        yield run
+    if first < len(file.segments):
+        yield range(first, len(file.segments))
 
 
-def _batch(f: int, file: File, run: list[int], done: Container[Claim]) -> Iterator[Batch]:
+def _batch(f: int, file: File, run: range, done: Container[Claim]) -> Iterator[Batch]:
     """One batch, if a tensor in it is not done; what holds no tensor is written when the file is finished."""
     tensors = [s for s in run if isinstance(file.segments[s].body, Tensor)]
     if any(Claim(f, s, 0) not in done for s in tensors):
         body = file.segments[tensors[0]].body
         assert isinstance(body, Tensor)
         last = file.segments[run[-1]]
-        yield Batch((*_start(body.lower()), 0), f, tuple(run), file.segments[run[0]].offset, last.offset + last.nbytes)
+        yield Batch((*_start(body.lower()), 0), f, run, file.segments[run[0]].offset, last.offset + last.nbytes)
 
 
 def _groups(

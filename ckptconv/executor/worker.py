@@ -38,8 +38,9 @@ class Progress(Protocol):
 class Ledger:
     """What threads share besides the files: the queue, what was finished since the last barrier, what went wrong."""
 
-    def __init__(self, work: list[Unit], progress: Progress | None) -> None:
+    def __init__(self, work: list[Unit], proofs: dict[Claim, Proof], progress: Progress | None) -> None:
         self.queue = deque(work)
+        self.proofs = proofs
         self.changed = Condition()
         self.errors: list[BaseException] = []
         self.unequal: list[tuple[int, str]] = []  # (check, what differs): more are looked for, nothing more is written
@@ -72,6 +73,7 @@ class Ledger:
         """Pieces whose bytes are handed to the system, if not yet durable; `plain`: segments that are no tensors."""
         with self.changed:
             self._fresh += claims
+            self.proofs.update(claims)
             self.covered.update(plain or ())
             self._dirty.update(claim.file for claim, _ in claims if claim.file != CHECKS)
             self._since += nbytes
@@ -156,24 +158,26 @@ class Worker:
         self._grow(unit.hi - unit.lo)
         out = self._buffer[: unit.hi - unit.lo]
         losses = self._fill_batch(unit, segments, out)
-        claims, crcs, memory = [], {}, out.data
+        claims, plain, crcs, memory = [], [], {}, out.data
         for s in unit.segments:
-            at = segments[s].offset - unit.lo
+            body, at = segments[s].body, segments[s].offset - unit.lo
+            if not isinstance(body, Tensor):
+                plain.append(s)
+            if isinstance(body, Late):
+                continue
             data = memory[at : at + segments[s].nbytes]
-            body = segments[s].body
-            if self._summed[unit.file] and not isinstance(body, Late):
+            if self._summed[unit.file]:
                 crcs[s] = crc32(data, 0)
             if isinstance(body, Tensor):
                 digest = xxhash.xxh3_128_digest(data)
                 claims.append((Claim(unit.file, s, 0), Proof(digest, crcs.get(s, 0), losses.get(s, NO_LOSS))))
-        for s in unit.segments:
+        for s in plain:
             body = segments[s].body
             if isinstance(body, Late):
                 for position, of in body.crcs:
                     struct.pack_into("<I", memory, segments[s].offset - unit.lo + position, crcs[of])
         self._outputs.write_at(unit.file, memory, unit.lo)
-        plain = [(unit.file, s) for s in unit.segments if not isinstance(segments[s].body, Tensor)]
-        self._ledger.finished(claims, len(out), plain)
+        self._ledger.finished(claims, len(out), [(unit.file, s) for s in plain])
         self._ledger.advance(len(out))
 
     def _fill_batch(self, unit: Batch, segments: tuple[Segment, ...], out: Bytes) -> dict[int, Loss]:
@@ -182,15 +186,15 @@ class Worker:
         losses, memory = {}, out.data
         for s in unit.segments:
             body, at = segments[s].body, segments[s].offset - unit.lo
-            if isinstance(body, bytes | Late):
-                data = body if isinstance(body, bytes) else body.template
-                memory[at : at + len(data)] = data
-                continue
-            lowered = body.lower()
-            if any(move.fns for move in lowered):
-                losses[s] = self._reader.fill(lowered, out[at : at + body.nbytes], 0)
+            if isinstance(body, Tensor):
+                lowered = body.lower(at)
+                if any(move.fns for move in lowered):
+                    losses[s] = self._reader.fill(lowered, out, 0)
+                else:
+                    moves += lowered
             else:
-                moves += [move._replace(out=move.out + at) for move in lowered]
+                data = body.template if isinstance(body, Late) else body
+                memory[at : at + len(data)] = data
         self._reader.fill(moves, out, 0)
         return losses
 

@@ -10,15 +10,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from ckptconv.checkpoint import Checkpoint, Key
-from ckptconv.dtypes import DTYPES, DType
+from ckptconv.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER, Checkpoint, Key
+from ckptconv.dtypes import DTYPES, FP32, DType
 from ckptconv.errors import ConfigError, UsageError, ValueLossError
 from ckptconv.mapping import Mapping
 from ckptconv.nodes import Fill, concat
 from ckptconv.tensor import Tensor
 from ckptconv.values import UINT, Array, Cast
 
-STATE_SLOTS = frozenset({"exp_avg", "exp_avg_sq"})  # moments: padded with zeros, never cast
+STATE_SLOTS = frozenset({EXP_AVG, EXP_AVG_SQ})  # moments: padded with zeros, never cast
 CHUNK = 1 << 22  # bytes read at once for a mean
 RowOf = Callable[
     [Key, Tensor, int], Tensor
@@ -33,15 +33,23 @@ def cast(checkpoint: Checkpoint, dtype: str, mapping: Mapping) -> Checkpoint:
         raise UsageError(f"--dtype {dtype}: expected keep, fp32, bf16 or fp16")
     wanted = DTYPES[dtype]
 
-    def one(key: Key, tensor: Tensor) -> Tensor:
-        if key.slot != "param" or not tensor.dtype.is_float:
-            return tensor
-        atom = mapping.vocabulary.atom_of(key.name)
-        to = atom.dtype if atom and atom.dtype else wanted
-        return tensor if tensor.dtype == to else tensor.map(Cast(tensor.dtype, to), to)
-
-    tensors = {key: one(key, tensor) for key, tensor in checkpoint.tensors.items()}
+    tensors = dict(checkpoint.tensors)
+    for key, weight in checkpoint.tensors.items():
+        if key.slot == "param" and weight.dtype.is_float:
+            atom = mapping.vocabulary.atom_of(key.name)
+            _cast_one(tensors, key.name, atom.dtype if atom and atom.dtype else wanted)
     return replace(checkpoint, tensors=tensors, config=replace(checkpoint.config, dtype=wanted))
+
+
+def _cast_one(tensors: dict[Key, Tensor], name: str, to: DType) -> None:
+    """A weight in training is rounded from its fp32 master, which a weight of fp32 is itself."""
+    weight, master = tensors[Key(name)], Key(name, MASTER)
+    if weight.dtype == to:
+        return
+    exact = tensors.pop(master, weight)
+    tensors[Key(name)] = exact if exact.dtype == to else exact.map(Cast(exact.dtype, to), to)
+    if to != FP32 and exact.dtype == FP32 and Key(name, EXP_AVG) in tensors:
+        tensors[master] = exact
 
 
 def resize_vocabulary(checkpoint: Checkpoint, rows: int, mapping: Mapping, fill: str = "last") -> Checkpoint:

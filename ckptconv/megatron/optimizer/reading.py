@@ -12,27 +12,22 @@ from ckptconv.errors import FormatError
 from ckptconv.megatron.folders import OPTIMIZER_FILES
 from ckptconv.megatron.grid import Process
 from ckptconv.megatron.optimizer import buffers, lists
+from ckptconv.megatron.optimizer.agreement import OF_LAYOUT as OF_LAYOUT
+from ckptconv.megatron.optimizer.agreement import agreed, without_copies
 from ckptconv.megatron.optimizer.entries import Entry, entries, settings_of
 from ckptconv.megatron.optimizer.lists import Slot
-from ckptconv.megatron.optimizer.members import Member, Settings, has_decay, rules
+from ckptconv.megatron.optimizer.members import Member, rules
 from ckptconv.megatron.rank_file import RankContent
 from ckptconv.tensor import Tensor
 from ckptconv.topology import Rank
 
-OF_LAYOUT = ("params", "step", "is_expert_parallel")  # said of groups elsewhere, or by the layout
-
-
-Chains = Dict[Process, list[Entry]]
-
 
 def attach(stored: Stored, contents: Dict[Process, RankContent], *, check: bool) -> Stored:
     """The checkpoint with the optimizer state of its files."""
-    chains = {
-        process: entries(content.training["optimizer"], str(content.file.path)) for process, content in contents.items()
-    }
+    chains = {p: entries(content.training["optimizer"], str(content.file.path)) for p, content in contents.items()}
+    state = _state(chains, contents)
     args = next(iter(contents.values())).args or {}
     given = rules(stored.config, stored.topology, args)
-    state = _state(chains, contents)
     slots: dict[Process, dict[Slot, Tensor]] = {}
     wanted: set[tuple[int, Member]] = set()
     for process, content in contents.items():
@@ -44,8 +39,12 @@ def attach(stored: Stored, contents: Dict[Process, RankContent], *, check: bool)
     if lost and state.updates:
         names = ", ".join(sorted(f"pp {pp}: {m.name}" for pp, m in lost)[:8])
         raise FormatError("the optimizer", f"no rank has the state of {len(lost)} parameters: {names}")
-    ranks = {rank: {**tensors, **_of_rank(slots, rank)} for rank, tensors in stored.ranks.items()}
-    return replace(stored, ranks=ranks, extras=replace(stored.extras, training=state))
+    ranks = {}
+    pairs = list(stored.replicas)
+    for rank, tensors in stored.ranks.items():
+        ranks[rank], same = without_copies({**tensors, **_of_rank(slots, rank)}, stored.places[rank])
+        pairs += same
+    return replace(stored, ranks=ranks, extras=replace(stored.extras, training=state), replicas=tuple(pairs))
 
 
 def _of_rank(slots: Dict[Process, Dict[Slot, Tensor]], rank: Rank) -> dict[Key, Tensor]:
@@ -84,27 +83,14 @@ def _flat(content: RankContent, count: int, *, check: bool) -> list[object]:
     return held
 
 
-def _state(chains: Chains, contents: Dict[Process, RankContent]) -> TrainingState:
+def _state(chains: Dict[Process, list[Entry]], contents: Dict[Process, RankContent]) -> TrainingState:
     """What is said beside tensors. Every process says it again, and all must say the same."""
-    updates: set[int] = set()
-    groups: dict[bool, Settings] = {}
-    for entry in (entry for chain in chains.values() for entry in chain):
-        updates |= set(entry.updates())
-        for group in entry.groups:
-            settings = {key: value for key, value in group.items() if key not in OF_LAYOUT}
-            first = groups.setdefault(has_decay(settings), settings)
-            if unlike := sorted(k for k in first.keys() | settings if first.get(k) != settings.get(k)):
-                raise FormatError(
-                    entry.where, f"its param groups differ from those of other ranks in {', '.join(unlike)}"
-                )
-    if len(updates) > 1:
-        raise FormatError("the optimizer", f"parameters have had different numbers of updates: {sorted(updates)}")
-    first_chain, first_file = next(iter(chains.values())), next(iter(contents.values())).training
-    scheduler = first_file.get("opt_param_scheduler", first_file.get("lr_scheduler"))
-    return TrainingState(
-        tuple(groups[kind] for kind in sorted(groups, reverse=True)),
-        next(iter(updates), 0),
-        None if scheduler is None else settings_of(scheduler, "opt_param_scheduler"),
-        first_chain[0].grad_scaler,
-        {process: c.training["rng_state"] for process, c in contents.items() if "rng_state" in c.training},
+    schedulers = [c.training.get("opt_param_scheduler", c.training.get("lr_scheduler")) for c in contents.values()]
+    scheduler = schedulers[0]
+    if any(said != scheduler for said in schedulers):
+        raise FormatError("opt_param_scheduler", "is not the same on all ranks; are two checkpoints mixed?")
+    return replace(
+        agreed(entry for chain in chains.values() for entry in chain),
+        scheduler=None if scheduler is None else settings_of(scheduler, "opt_param_scheduler"),
+        rng={process: c.training["rng_state"] for process, c in contents.items() if "rng_state" in c.training},
     )

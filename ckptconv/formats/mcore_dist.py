@@ -85,6 +85,18 @@ class McoreDistSave:
     iteration: int | str | None = field(
         default=None, metadata={"help": "iteration to save as, or release (default: the source's; 1 from Hugging Face)"}
     )
+    distributed_optimizer: bool | None = field(
+        default=None,
+        metadata={
+            "help": "optimizer state as the distributed optimizer loads it, or the other (default: as the source)"
+        },
+    )
+    experts_apart: bool | None = field(
+        default=None,
+        metadata={
+            "help": "experts have an optimizer of their own, as in runs with expert parallelism (default: as the source)"
+        },
+    )
 
 
 class McoreDist:
@@ -95,6 +107,7 @@ class McoreDist:
     aliases: tuple[str, ...] = ("torch_dist", "torch-dist", "zarr")
     Load = McoreDistLoad
     Save = McoreDistSave
+    trains = True
 
     def sniff(self, path: Path) -> bool:
         return path.is_dir() and looks_like(path, lambda folder: is_distributed(folder) and not is_plain(folder))
@@ -125,7 +138,9 @@ class McoreDist:
         return Target(mapping, frozenset({"norm_apart"}), even(config.layers), rows)
 
     def save(self, stored: Stored, options: McoreDistSave, request: Request) -> Plan:
-        filing = dist_saving.Filing(options.backend, options.files, options.chunk == "whole", options.run_config)
+        filing = dist_saving.Filing(
+            options.backend, options.files, options.chunk == "whole", options.run_config, options.experts_apart
+        )
         return dist_saving.save(stored, options.iteration, request, _form(options), filing)
 
     def usage(self, stored: Stored, dst: str, options: McoreDistSave) -> str:
@@ -142,7 +157,14 @@ def _form(options: McoreDistSave) -> saving.Form:
     local = options.transformer_impl == LOCAL
     experts = "sequential" if local else "te-grouped"  # on disk they are the same
     extra = ExtraState(core, None if local else te, "sequential")
-    return saving.Form(core, extra, local=local, experts=experts, ckpt_format=options.backend)
+    return saving.Form(
+        core,
+        extra,
+        local=local,
+        experts=experts,
+        ckpt_format=options.backend,
+        distributed=options.distributed_optimizer,
+    )
 
 
 def _versions(options: McoreDistSave) -> tuple[Core, tuple[int, int]]:

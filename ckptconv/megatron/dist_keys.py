@@ -13,8 +13,8 @@ from ckptconv.tensor import Shape
 
 EXTRA_STATE = "_extra_state"
 MAX_LAYERS = 1 << 16
+OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer(?:\.|$)")
 _SHARD = re.compile(r"/shard_[\d.]*_[\d.]*$")
-_OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer(?:\.|$)")
 _EXPERTS = re.compile(r"^mlp\.experts\.experts\.")
 _STACKED = "layers."
 
@@ -33,13 +33,13 @@ def sort_keys(tensors: Iterable[str], objects: Iterable[str]) -> Keys:
     """Keys by what they are for; nothing is left out."""
     kept: dict[str, list[str]] = {"model": [], "extra": [], "optimizer": [], "rng": [], "stray": []}
     for key in tensors:
-        kept["optimizer" if _OPTIMIZER.match(key) else "model"].append(key)
+        kept["optimizer" if OPTIMIZER.match(key) else "model"].append(key)
     for key in objects:
         base = _SHARD.sub("", key)
         if base.endswith(EXTRA_STATE):
             kept["extra"].append(key)
         else:
-            kept["optimizer" if _OPTIMIZER.match(base) else "rng" if base == "rng_state" else "stray"].append(key)
+            kept["optimizer" if OPTIMIZER.match(base) else "rng" if base == "rng_state" else "stray"].append(key)
     state = [f"optimizer ({len(kept['optimizer'])} entries)"] if kept["optimizer"] else []
     state += ["RNG state"] if kept["rng"] else []
     return Keys(tuple(kept["model"]), tuple(kept["extra"]), tuple(state), tuple(kept["stray"]))

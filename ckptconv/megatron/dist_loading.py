@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckptconv.checkpoint import Extras, Key, Stored
-from ckptconv.containers import dcp, json_file, torch_file, zarr2
+from ckptconv.containers import dcp, dcp_flat, json_file, torch_file, zarr2
 from ckptconv.dialect import detect
 from ckptconv.errors import FormatError, UsageError
 from ckptconv.formats import Request
 from ckptconv.mapping_files import chosen
-from ckptconv.megatron import hf_beside
+from ckptconv.megatron import dist_optim, hf_beside
 from ckptconv.megatron.architecture import Evidence, resolve
 from ckptconv.megatron.args_read import Statement, statement
 from ckptconv.megatron.dist_keys import is_separate, measure_whole, sort_keys
@@ -64,7 +64,10 @@ def load(path: Path, config: Path | None, request: Request, format_name: str, za
     state = list(dict.fromkeys([*state_of(common), *extras.state]))
     step = step_of(common, folder / place) if iteration.step is None else iteration.step
     objects: dict[str, object] = {"args": args or {}, "backend": backend(folder), "state": state}
-    return replace(stored, extras=replace(extras, step=step, notes=notes, objects=objects))
+    stored = replace(stored, extras=replace(extras, step=step, notes=notes, objects=objects))
+    if request.training and dist_optim.is_there(contents):
+        return dist_optim.attach(stored, contents, common, request, str(folder))
+    return stored
 
 
 def from_whole(
@@ -109,11 +112,16 @@ def backend(folder: Path) -> str:
 
 
 def of_torch_dist(found: dcp.Dcp, *, check: bool) -> Contents:
-    """`check` verifies the checksums of what is read."""
+    """`check` verifies the checksums of what is read. Tensors that were stored flat are as they were before."""
+
+    def tensors(keys: list[str]) -> dict[str, Tensor]:
+        stored, flat = dcp.tensors(found, keys, check=check), found.reformulated
+        return {k: dcp_flat.restored(t, flat[k], f"{found.where} {k}") if k in flat else t for k, t in stored.items()}
+
     return Contents(
-        {key: entry.shape for key, entry in found.tensors.items()},
+        {key: found.reformulated.get(key, entry.shape) for key, entry in found.tensors.items()},
         {key: item.nbytes for key, item in found.objects.items()},
-        lambda keys: dcp.tensors(found, keys, check=check),
+        tensors,
         lambda key: dcp.value(found.objects[key]),
         tuple(f"{source.nbytes:,} bytes of {Path(source.path).name}" for source in found.unused),
     )

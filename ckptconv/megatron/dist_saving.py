@@ -13,9 +13,9 @@ from ckptconv.checkpoint import Stored
 from ckptconv.containers import dcp_write, torch_write, zarr2_write
 from ckptconv.containers.pickled import Namespace
 from ckptconv.dtypes import FP32
-from ckptconv.errors import ConfigError, UsageError
+from ckptconv.errors import UsageError
 from ckptconv.formats import Request
-from ckptconv.megatron import run_config
+from ckptconv.megatron import dist_optim_write, run_config
 from ckptconv.megatron.args_table import Subject
 from ckptconv.megatron.args_write import notes, write_args
 from ckptconv.megatron.dist_loading import COMMON, TELLING, TORCH_DIST, ZARR
@@ -41,20 +41,20 @@ PER_FILE = 5 * 10**9  # bytes; with fewer files than workers, workers wait for e
 class Filing:
     """How tensors are stored, in how many .distcp files (None: as many as they need), and whether each is one chunk.
 
-    `run_config`: whether Megatron-Bridge's description of the model is written too.
+    `run_config`: whether Megatron-Bridge's description of the model is written too. `experts_apart`: whether experts have an
+    optimizer of their own (None: as in the source).
     """
 
     backend: str = TORCH_DIST
     files: int | None = None
     whole: bool = False
     run_config: bool = False
+    experts_apart: bool | None = None
 
 
 def save(stored: Stored, step: int | str | None, request: Request, form: Form, filing: Filing) -> Plan:
     """All files. Those that say it is complete come last, the tracker at the very end."""
     (tensors,) = stored.ranks.values()
-    if slots := sorted({key.slot for key in tensors} - {"param"}):
-        raise ConfigError(f"optimizer state ({', '.join(slots)}) cannot be written yet: --optimizer drop leaves it out")
     if filing.files is not None and filing.files < 1:
         raise UsageError(f"--saver.files {filing.files}: at least one file is needed")
     if filing.files is not None and filing.backend == ZARR:
@@ -62,11 +62,14 @@ def save(stored: Stored, step: int | str | None, request: Request, form: Form, f
     number = step_to_write(step, stored.extras.step)
     folder = iteration_name(number)
     stacked = "l" in stored.mapping.stack
+    training = _training(stored, form, filing)
     entries = objects(stored.config, form.extra, stacked=stacked)
-    whole = {key.name: tensor for key, tensor in tensors.items()}
+    whole = {key.name: tensor for key, tensor in tensors.items() if key.slot == "param"}
+    if training:
+        whole |= dist_optim_write.tensors(tensors, training)
     plan: list[File] = [
         *layout(f"{folder}/", whole, entries, filing, stacked=stacked),
-        _common(stored, number, request, form, stacked=stacked),
+        _common(stored, number, request, form, training, stacked=stacked),
         *hf_files(stored.extras),
         *(
             [final_file(f"{folder}/{run_config.NAME}", run_config.render(stored, form, stored.config.dtype or FP32))]
@@ -83,13 +86,37 @@ def save(stored: Stored, step: int | str | None, request: Request, form: Form, f
     return Plan(tuple(plan), about=about)
 
 
-def _common(stored: Stored, number: int | str, request: Request, form: Form, *, stacked: bool) -> File:
+def _training(stored: Stored, form: Form, filing: Filing) -> dist_optim_write.Filing | None:
+    """How training state is filed, if there is any."""
+    if stored.extras.training is None:
+        return None
+    apart = dist_optim_write.experts_apart(stored, filing.experts_apart)
+    training = dist_optim_write.Filing(form.core, "distributed" in form.written(stored), apart)
+    training.check()
+    return training
+
+
+def _common(
+    stored: Stored,
+    number: int | str,
+    request: Request,
+    form: Form,
+    training: dist_optim_write.Filing | None,
+    *,
+    stacked: bool,
+) -> File:
     """What every process has alike. `content_metadata` tells Megatron-Core 0.13 and newer how keys are made."""
+    said: dict[str, object] = {"singleton_local_shards": False, "non_homogeneous_layers": not stacked}
+    optimizer: dict[object, object] = {}
+    if training and stored.extras.training:
+        said |= dist_optim_write.SAID | (dist_optim_write.SAID_DISTRIBUTED if training.distributed else {})
+        optimizer = dist_optim_write.common(stored, stored.extras.training, training)
     saved: dict[object, object] = {
         "args": written_args(stored, request, form),
         "checkpoint_version": CHECKPOINT_VERSION,
         "iteration": 0 if number == RELEASE else number,
-        "content_metadata": {"singleton_local_shards": False, "non_homogeneous_layers": not stacked},
+        "content_metadata": said,
+        **optimizer,
     }
     return torch_write.layout(f"{iteration_name(number)}/{COMMON}", saved)
 
@@ -97,7 +124,7 @@ def _common(stored: Stored, number: int | str, request: Request, form: Form, *, 
 def written_args(stored: Stored, request: Request, form: Form) -> Namespace:
     subject = Subject(
         stored.config, stored.topology, form.core, stored.config.dtype or FP32, divisor(stored.extras, request), form.local,
-        experts=form.experts, ckpt_format=form.ckpt_format, carried=carried(stored.extras),
+        experts=form.experts, ckpt_format=form.ckpt_format, carried=carried(stored.extras), written=form.written(stored),
     )  # fmt: skip
     return write_args(subject)
 

@@ -152,6 +152,7 @@ class Trainer:
             Form(bf16=self.run.bf16, iteration=SAVED_AT, divisor=self.run.divisor),
         )
         args.use_distributed_optimizer, args.no_save_optim = form != PLAIN, False
+        args.transformer_impl = "local"  # flat buffers are in the order of the modules, whatever their tensors are called
         beside: State = {"args": args, "checkpoint_version": 3.0, "iteration": SAVED_AT}
         beside["opt_param_scheduler"] = self.scheduler.state_dict()
         state = {**self.state(said, loading=False), **beside}

@@ -1,0 +1,89 @@
+"""What a distributed checkpoint says of its optimizer beside tensors: param groups, how many updates were made, generators."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from collections.abc import Mapping as Dict
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ckptconv.checkpoint import TrainingState
+from ckptconv.errors import FormatError
+from ckptconv.megatron.grid import Process
+from ckptconv.megatron.optimizer.agreement import agreed
+from ckptconv.megatron.optimizer.entries import entries, settings_of, table
+
+if TYPE_CHECKING:
+    from ckptconv.megatron.dist_loading import Contents
+
+OBJECT = re.compile(
+    r"(?:chained_(?P<chain>\d+)\.)?optimizer\.distributed\.dp_group_idx_(?P<group>\d+)\."
+    r"(?P<what>optimizer|grad_scaler|param_state|per_bucket_numel|per_bucket_numel_unpadded)/shard_0_1"
+)
+_RNG = re.compile(r"rng_state/shard_(\d+)\.(\d+)_\d+\.\d+")  # with experts dealt out a third number counts replicas
+Saved = dict[object, object]
+
+
+def training_state(contents: Contents, common: Dict[object, object], where: str) -> TrainingState:
+    """From the common state, or, where the optimizer's form is by process, from the objects of all processes."""
+    said = [*_in_common(common.get("optimizer"), where), *_in_objects(contents)]
+    scheduler = common.get("opt_param_scheduler", common.get("lr_scheduler"))
+    if not said:
+        raise FormatError(where, "has tensors of the optimizer, and no param groups")
+    return replace(
+        agreed(entry for saved in said for entry in entries(saved, where)),
+        scheduler=None if scheduler is None else settings_of(scheduler, "opt_param_scheduler"),
+        rng=_rng(contents),
+    )
+
+
+def rng_left(contents: Contents) -> bool:
+    """Whether there are generators that cannot be told apart by process."""
+    return any(key.startswith("rng_state/") and not _RNG.fullmatch(key) for key in contents.objects)
+
+
+def is_chained(optimizer: object) -> bool:
+    """Numbers as keys are how a list is spelled: one optimizer for experts, one for all else."""
+    return isinstance(optimizer, dict) and bool(optimizer) and all(isinstance(key, int) for key in optimizer)
+
+
+def _in_common(optimizer: object, where: str) -> Iterator[Saved]:
+    chain = list(optimizer.values()) if isinstance(optimizer, dict) and is_chained(optimizer) else [optimizer]
+    for saved in (table(one, where) for one in chain if one is not None):
+        if "optimizer" in saved or "param_groups" in saved:
+            yield _counted(saved, where)
+
+
+def _counted(saved: Saved, where: str) -> Saved:
+    """Param groups that all say the count of updates, which an optimizer that is not distributed has beside them."""
+    inner = table(saved.get("optimizer", saved), where)
+    step = table(inner.get("state", {}), where).get("common_step")
+    groups = inner.get("param_groups")
+    if step is not None and isinstance(groups, list):
+        groups = [{**table(group, where), "step": step} for group in groups]
+    return {**{k: v for k, v in saved.items() if k == "grad_scaler"}, "optimizer": {"param_groups": groups}}
+
+
+def _in_objects(contents: Contents) -> Iterator[Saved]:
+    found: dict[tuple[str, str], Saved] = {}
+    for key in contents.objects:
+        if (match := OBJECT.fullmatch(key)) and match["what"] in ("optimizer", "grad_scaler"):
+            held = found.setdefault((match["chain"], match["group"]), {})
+            held[match["what"]] = alone(contents.value(key), key)
+    yield from found.values()
+
+
+def _rng(contents: Contents) -> dict[Process, object]:
+    return {
+        (int(match[1]), int(match[2]), 0): alone(contents.value(key), key)
+        for key in contents.objects
+        if (match := _RNG.fullmatch(key))
+    }
+
+
+def alone(value: object, key: str) -> object:
+    """The object in the list of one that Megatron-Core wraps it in."""
+    if not isinstance(value, list) or len(value) != 1:
+        raise FormatError(key, f"is a {type(value).__name__}, expected a list of one object")
+    return value[0]

@@ -23,6 +23,7 @@ BUILT_IN = {
     "legacy": "ckptconv.formats.legacy:Legacy",
     "nemo": "ckptconv.formats.nemo:Nemo",
     "nemo2": "ckptconv.formats.nemo2:Nemo2",
+    "lightning": "ckptconv.formats.lightning:Lightning",
     "dcp": "ckptconv.formats.dcp:Dcp",
 }
 

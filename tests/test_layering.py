@@ -27,7 +27,7 @@ config topology
 layout vocabulary
 mapping
 mapping_files checkpoint bind
-canonicalize localize dialect passes parts
+canonicalize localize dialect passes parts tower_passes
 containers
 formats
 huggingface
@@ -36,7 +36,7 @@ megatron
 nemo
 formats.mcore formats.legacy
 formats.dcp
-formats.mcore_dist formats.nemo formats.nemo2
+formats.mcore_dist formats.nemo formats.nemo2 formats.lightning
 registry
 executor
 pipeline

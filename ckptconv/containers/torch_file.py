@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ckptconv.containers import torch_legacy
+from ckptconv.containers.pickled import Global
+from ckptconv.containers.plain_calls import Call
 from ckptconv.containers.ranges import HeaderReader, Place, locate
+from ckptconv.containers.torch_sharded import SHARDED_CALLS
 from ckptconv.containers.torch_tensors import TORCH_CALLS, StorageId, Storages
 from ckptconv.containers.unpickle import Unpickler
 from ckptconv.containers.zipdir import Archive, open_archive
@@ -14,6 +18,7 @@ from ckptconv.source import Source
 
 MAX_PICKLE = 1 << 28
 MAX_SMALL = 1 << 20
+Calls = Mapping[Global, Call]
 NEWEST_VERSION = 10  # what torch itself reads
 
 
@@ -25,19 +30,21 @@ class TorchFile:
     unused: tuple[str, ...]
 
 
-def read(path: Place, *, check: bool = False, where: str = "") -> object:
-    """The object a torch file holds. `check` also reads every record through to verify its CRC32."""
-    return inspect(path, check=check, where=where).value
+def read(path: Place, *, check: bool = False, where: str = "", calls: Calls | None = None) -> object:
+    """The object a torch file holds. `check` also reads every record through to verify its CRC32; `calls` rebuild what
+    only the caller knows.
+    """
+    return inspect(path, check=check, where=where, calls=calls).value
 
 
-def inspect(path: Place, *, check: bool = False, where: str = "") -> TorchFile:
+def inspect(path: Place, *, check: bool = False, where: str = "", calls: Calls | None = None) -> TorchFile:
     """As `read`, with what else is to be known. An old file (before torch 1.6) carries no checksums to check."""
     source = locate(path)
     where = where or source.path
     with HeaderReader(source, where) as reader:
         head = reader.read(0, min(512, source.nbytes), "the first bytes")
         if head.startswith(b"PK\3\4"):
-            return _read_zip(reader, check)
+            return _read_zip(reader, check, {**TORCH_CALLS, **SHARDED_CALLS, **(calls or {})})
         if head.startswith(torch_legacy.MAGIC):
             value, unused = torch_legacy.read(reader)
             return TorchFile(value, unused)
@@ -48,7 +55,7 @@ def inspect(path: Place, *, check: bool = False, where: str = "") -> TorchFile:
     )
 
 
-def _read_zip(reader: HeaderReader, check: bool) -> TorchFile:
+def _read_zip(reader: HeaderReader, check: bool, calls: Calls) -> TorchFile:
     archive = open_archive(reader)
     root = _root(archive)
     _check_small(archive, reader, root)
@@ -68,7 +75,7 @@ def _read_zip(reader: HeaderReader, check: bool) -> TorchFile:
 
     storages = Storages(find)
     data = archive.read(reader, member, MAX_PICKLE)
-    unpickler = Unpickler(data, f"{reader.where}!{member}", TORCH_CALLS, storages)
+    unpickler = Unpickler(data, f"{reader.where}!{member}", calls, storages)
     value = unpickler.load()
     if unpickler.pos != len(data):
         raise FormatError(f"{reader.where}!{member}", f"has {len(data) - unpickler.pos} bytes after the pickle")

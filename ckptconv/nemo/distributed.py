@@ -23,6 +23,7 @@ from ckptconv.megatron.dist_loading import (
     of_zarr,
 )
 from ckptconv.megatron.hf_beside import Beside
+from ckptconv.nemo import omegaconf
 from ckptconv.nemo.names import prefix_of
 from ckptconv.nemo.run_state import RunState, run_state
 from ckptconv.tensor import Tensor
@@ -38,7 +39,7 @@ def is_distributed(folder: Path) -> bool:
 
 def read_common(folder: Path) -> tuple[dict[object, object], RunState]:
     """What is not cut over processes, and what of it is a training run's."""
-    saved = torch_file.read(folder / COMMON) if (folder / COMMON).exists() else {}
+    saved = torch_file.read(folder / COMMON, calls=omegaconf.CALLS) if (folder / COMMON).exists() else {}
     if not isinstance(saved, dict):
         raise FormatError(folder / COMMON, f"holds a {type(saved).__name__}, expected a dictionary")
     return saved, run_state(saved, folder / COMMON)

@@ -119,7 +119,9 @@ class Checkpoint:
 class Target:
     """What a saver wants to be given: which names, in which form, cut how, with how many vocabulary rows.
 
-    Rows that it wants beyond the true ones are copies of the last (`vocab_fill` "last") or zeros ("zero").
+    Rows that it wants beyond the true ones are copies of the last (`vocab_fill` "last") or zeros ("zero"). `heads` are those of
+    a vision tower, dummy ones among them (None: as they are). `config` is the architecture with what the source does not tell,
+    and `donor` the model to take atoms from that the source has no place for.
     """
 
     mapping: Mapping
@@ -127,3 +129,6 @@ class Target:
     topology: Topology
     vocab_rows: int
     vocab_fill: str = "last"
+    heads: int | None = None
+    config: ModelConfig | None = None
+    donor: Checkpoint | None = None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ckptconv import passes
+from ckptconv import passes, tower_passes
 from ckptconv.canonicalize import canonicalize
 from ckptconv.checkpoint import Checkpoint, Origin, Stored
 from ckptconv.collecting import no_collecting
@@ -119,6 +119,10 @@ def prepare_from(job: Job, loader: Format, checkpoint: Checkpoint, root: str) ->
     checkpoint = replace(checkpoint, config=replace(checkpoint.config, dtype=passes.mean_dtype(checkpoint)))
     topology = job.layout.topology(checkpoint.config.layers, checkpoint.origin.topology, keep=job.saver is None)
     target = saver.target(checkpoint, topology, options, request)
+    if target.donor is not None:
+        target = replace(target, donor=passes.cast(target.donor, job.dtype, target.mapping))
+    checkpoint = tower_passes.put_back(checkpoint, target, _mapping_of(checkpoint, request))
+    checkpoint = tower_passes.resize_heads(checkpoint, target.heads, target.mapping)
     checkpoint = passes.resize_vocabulary(checkpoint, target.vocab_rows, target.mapping, target.vocab_fill)
     _refuse_unused(request.mappings, (checkpoint.origin.mapping, target.mapping.name))
     stored = localize(checkpoint, target, saver.name)

@@ -10,6 +10,7 @@ from collections.abc import Mapping as Dict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ckptconv.canonicalize import canonicalize
 from ckptconv.checkpoint import Checkpoint, Extras, Key, Stored, Target
 from ckptconv.config import ModelConfig
 from ckptconv.containers import json_file, safetensors
@@ -21,8 +22,10 @@ from ckptconv.errors import CkptconvError, ConfigError, TopologyError, UsageErro
 from ckptconv.formats import Request
 from ckptconv.huggingface.config_codecs import Table
 from ckptconv.huggingface.family_config import (
+    USAGE,
     check_fits,
     config_text,
+    entries,
     family_named,
     family_of,
     own_section,
@@ -40,6 +43,7 @@ from ckptconv.huggingface.files import (
     read_weights,
     side_files,
 )
+from ckptconv.huggingface.template import as_family, as_template
 from ckptconv.leaves import contiguous
 from ckptconv.mapping import Mapping
 from ckptconv.mapping_files import chosen, families, family_names
@@ -48,6 +52,7 @@ from ckptconv.sizes import parse_size
 from ckptconv.source import Source, whole
 from ckptconv.tensor import Tensor
 from ckptconv.topology import Rank, Topology, even
+from ckptconv.tower_passes import vision_tower
 
 ALONE = ("", "vision_model.", "radio_model.")  # prefixes that the classes of vision towers read
 SHARD_FLAG = "--saver.max-shard-size"
@@ -109,11 +114,10 @@ class Hf:
 
     def load(self, path: Path, options: HfLoad, request: Request) -> Stored:
         folder = folder_of(path)
-        config_file = _config_file(folder, options.config)
-        raw = json_file.read(config_file)
-        family = family_named(request.family, request.mappings) or family_of(
-            raw, [*families(), *request.mappings], str(config_file)
-        )
+        named = family_named(request.family, request.mappings)
+        config_file = _config_file(folder, options.config, named)
+        raw = json_file.read(config_file) if config_file.exists() else {}
+        family = named or family_of(raw, [*families(), *request.mappings], str(config_file))
         mapping = chosen(family.name, request.mappings)
         weights = read_weights(folder, request.check)
         shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
@@ -129,7 +133,9 @@ class Hf:
         files = side_files(folder)
         behind = left_behind(folder, [*weights.files, *files])
         notes = (f"left behind in the source: {', '.join(behind)}",) if behind else ()
-        extras = Extras(files={**files, CONFIG: whole(str(config_file))}, notes=notes)
+        if config_file.exists():
+            files[CONFIG] = whole(str(config_file))
+        extras = Extras(files=files, notes=notes)
         return Stored(self.name, mapping, variant, topology, config, ranks, {Rank(): str(path)}, extras)
 
     def target(self, checkpoint: Checkpoint, topology: Topology, options: HfSave, request: Request) -> Target:
@@ -145,6 +151,7 @@ class Hf:
             state = ", ".join(slots)
             raise ConfigError(f"Hugging Face files have no place for {state}; --optimizer drop leaves it out")
         mapping = chosen(_family(config, options, request), request.mappings)
+        config, donor = self._completed(checkpoint, mapping, options, request)
         check_fits(config, mapping)
         rows = config.vocab_rows if config.kind != "text" else request.vocab or config.vocab
         if rows is None:
@@ -154,17 +161,38 @@ class Hf:
         origin = checkpoint.origin.variant if checkpoint.origin.format == self.name else frozenset[str]()
         variant = frozenset(_written(group, origin, config, options) for group in mapping.variants)
         _refuse_other_prefix(options, variant, mapping)
-        return Target(mapping, variant, even(config.layers), rows)
+        tower = vision_tower(config)
+        heads = tower.true_heads if tower and checkpoint.origin.format != self.name else None
+        return Target(mapping, variant, even(config.layers), rows, heads=heads, config=config, donor=donor)
+
+    def _completed(
+        self, checkpoint: Checkpoint, mapping: Mapping, options: HfSave, request: Request
+    ) -> tuple[ModelConfig, Checkpoint | None]:
+        """A vision tower with what its source does not tell, and the model of the template to take its absent parts from."""
+        config, extras = checkpoint.config, checkpoint.extras
+        if config.kind != "vision":
+            return config, None
+        if options.template is None:
+            told = CONFIG in extras.files or "hf_config" in extras.objects
+            return config if told else as_family(config, mapping), None
+        path = _template_config(options.template)
+        if has_weights(options.template):
+            asked = Request(family=mapping.name, mappings=request.mappings)
+            donor = canonicalize(self.load(options.template, HfLoad(), asked))
+            return as_template(config, donor.config), donor
+        raw = json_file.parse(json_file.read_bytes(path), str(path))
+        return as_template(config, read_config(own_section(raw, mapping), str(path), mapping)), None
 
     def save(self, stored: Stored, options: HfSave, request: Request) -> Plan:
         start = _start(stored, options, request)
-        config, kept = _as_template(stored, start) if options.template is not None else (stored.config, [])
+        text = stored.config.kind == "text"
+        config, kept = _as_template(stored, start) if text and options.template is not None else (stored.config, [])
         table, changes = write_config(config, start.base, stored.mapping)
-        text = start.text if start.text is not None and not changes else config_text(table)
+        config_json = start.text if start.text is not None and not changes else config_text(table)
         (tensors,) = stored.ranks.values()
         files = weight_files({k.name: t for k, t in tensors.items()}, parse_size(options.max_shard_size, SHARD_FLAG))
         files += [_copy(name, source) for name, source in sorted(start.files.items())]
-        files.append(_final(CONFIG, text))
+        files.append(_final(CONFIG, config_json))
         about: dict[str, object] = {"config_changes": [*changes, *kept], "config_untrusted": list(start.untrusted)}
         return Plan(tuple(files), about=about)
 
@@ -202,12 +230,13 @@ def _refuse_other_prefix(options: HfSave, variant: Iterable[str], mapping: Mappi
 
 
 def _tower_usage(stored: Stored, dst: str) -> str:
-    """The class of transformers, or the code of the model's own that its config.json points to."""
+    """As the family's mapping says; else by the class of transformers that config.json names."""
+    if (said := stored.mapping.config.get(USAGE)) is not None:
+        return str(said).replace("DST", repr(dst)).rstrip()
     table, _ = write_config(stored.config, None, stored.mapping)
-    own_code, names = "auto_map" in table, table["architectures"]
-    name = "AutoModel" if own_code or not isinstance(names, list) else names[0]
-    trust = ", trust_remote_code=True" if own_code else ""
-    return f'from transformers import {name}\nmodel = {name}.from_pretrained({dst!r}, torch_dtype="auto"{trust})'
+    names = table["architectures"]
+    name = names[0] if isinstance(names, list) else "AutoModel"
+    return f'from transformers import {name}\nmodel = {name}.from_pretrained({dst!r}, torch_dtype="auto")'
 
 
 def _family(config: ModelConfig, options: HfSave, request: Request) -> str:
@@ -227,10 +256,12 @@ def _family(config: ModelConfig, options: HfSave, request: Request) -> str:
     return family_of(base, [*families(), *request.mappings], str(path)).name
 
 
-def _config_file(folder: Path, given: Path | None) -> Path:
-    """config.json of the checkpoint, or the one the user points to."""
+def _config_file(folder: Path, given: Path | None, family: Mapping | None) -> Path:
+    """config.json of the checkpoint, or the one the user points to. A family that it says nothing of needs none."""
     if given is None:
         if not os.path.lexists(folder / CONFIG):
+            if family is not None and not entries(family):
+                return folder / CONFIG
             raise ConfigError(
                 f"{folder}: no {CONFIG}, so the architecture is not known; give --loader.config FOLDER|FILE"
             )
@@ -271,6 +302,8 @@ def _start(stored: Stored, options: HfSave, request: Request) -> _Start:
     beside = stored.extras.objects.get("hf_config")
     if isinstance(beside, dict):
         return _Start(_checked(beside, "the hf/ folder of the source", stored, request), None, files)
+    if not entries(stored.mapping):
+        return _Start(None, None, files)
     if options.config_from_args and request.family is not None:
         return _Start(None, None, files, UNTRUSTED)
     raise ConfigError(

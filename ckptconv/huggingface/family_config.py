@@ -28,11 +28,11 @@ from ckptconv.mapping_files import chosen, family_names
 from ckptconv.tensor import Shape, Tensor
 
 CODECS: dict[str, Codec] = {**TEXT_CODECS, **TOWER_CODECS}
-SECTION = "section"
-NO_FIELDS = ("default", "const", TOLD, SECTION)
+SECTION, USAGE = "section", "usage"
+NO_FIELDS = ("default", "const", TOLD, SECTION, USAGE)
 MAX_INDEX = 8192  # layers or experts: a file that claims more is lying, and would cost its number in memory
 MAX_SIZE = 1 << 40
-NOT_HELD = {"family", "raw", "vocab", "vocab_rows", "dtype", "experts", "moe_ffn", "router_topk", "true_heads"}
+NOT_HELD = {"family", "raw", "vocab", "vocab_rows", "dtype", "experts", "moe_ffn", "router_topk", "true_heads", "image"}
 TOKENS = ("bos_token_id", "eos_token_id")  # unlike the class's own defaults, null claims nothing about a tokenizer
 KINDS = {f.name: str(f.type) for f in fields(ModelConfig)}
 FLAGS = frozenset(name for name, kind in KINDS.items() if kind == "bool")
@@ -172,7 +172,7 @@ def _comparable(value: object) -> object:
 def _from_nothing(mapping: Mapping) -> Table:
     const = mapping.config.get("const", {})
     assert isinstance(const, dict)
-    return {**const, **dict.fromkeys(TOKENS)}
+    return {**const, **(dict.fromkeys(TOKENS) if "vocab_rows" in mapping.config else {})}
 
 
 def _changes(base: Table, out: Table) -> list[str]:
@@ -242,10 +242,11 @@ def _entry(name: str, row: object, mapping: Mapping) -> Entry:
         raise MappingError(
             f"{where}: expected a key of config.json, or a table with a codec ({', '.join(CODECS)}), found {row!r}"
         )
-    return Entry(name, KINDS[name], key, codec, _defaults(mapping).get(name, ABSENT), tuple(given.items()))
+    return Entry(name, KINDS[name], key, codec, fixed_or_default(mapping).get(name, ABSENT), tuple(given.items()))
 
 
-def _defaults(mapping: Mapping) -> Table:
+def fixed_or_default(mapping: Mapping) -> Table:
+    """[config.default]: what a field is when its key is absent, or in every model of a family that has no key for it."""
     given = mapping.config.get("default", {})
     unknown = set(given) - set(KINDS) if isinstance(given, dict) else {str(given)}
     if unknown or not isinstance(given, dict):
@@ -257,5 +258,5 @@ def _defaults(mapping: Mapping) -> Table:
 
 def _fixed(mapping: Mapping) -> dict[str, Any]:
     """Fields that a family has no key for, only a value. One that says nothing of rotary embeddings has none."""
-    fixed = {k: v for k, v in _defaults(mapping).items() if mapping.config.get(k, False) is False}
+    fixed = {k: v for k, v in fixed_or_default(mapping).items() if mapping.config.get(k, False) is False}
     return fixed if "rope" in mapping.config else {"rope": None, **fixed}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from collections.abc import Mapping as Dict
 from dataclasses import dataclass
@@ -56,16 +55,27 @@ def _patch_grid(sizes: Sizes) -> int:
     return side * side + sizes.get("class_tokens", 0)
 
 
-def _square_image(sizes: Sizes) -> int:
-    """The side of an image of as many patches as there are positions."""
-    return math.isqrt(sizes["max_positions"]) * sizes["patch"]
-
-
 class TrueHeads(Rename):
     """Attention heads without the dummy ones that may be stored."""
 
     def write(self, out: Table, entry: Entry, config: ModelConfig, *, fresh: bool) -> None:
         out[entry.key] = config.true_heads or config.heads
+
+
+class NormType:
+    """The kind of norm, as InternViT's files call it."""
+
+    def read(self, section: Section, entry: Entry, known: Fields) -> object:
+        name = section.typed(entry.key, "str", entry.default)
+        if name not in _NORMS:
+            raise section.wrong(entry.key, name, " or ".join(_NORMS))
+        return _NORMS[str(name)]
+
+    def write(self, out: Table, entry: Entry, config: ModelConfig, *, fresh: bool) -> None:
+        out[entry.key] = next(name for name, kind in _NORMS.items() if kind == config.norm)
+
+
+_NORMS = {"rms_norm": "rmsnorm", "layer_norm": "layernorm"}
 
 
 class ClipClass:
@@ -87,7 +97,7 @@ TOWER_CODECS: dict[str, Codec] = {
     "as_heads": Derived(_as_heads),
     "hidden_per_head": Derived(_hidden_per_head),
     "patch_grid": Derived(_patch_grid),
-    "square_image": Derived(_square_image),
     "true_heads": TrueHeads(),
+    "norm_type": NormType(),
     "clip_class": ClipClass(),
 }

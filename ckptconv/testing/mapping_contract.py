@@ -41,6 +41,14 @@ SIGLIP = replace(
     CLIP, family="hf-siglip", class_tokens=0, max_positions=16, norm_eps=1e-6, activation="gelu_pytorch_tanh", pre_norm=False,
     patch_bias=True, pooling=True,
 )  # fmt: skip
+INTERNVIT = replace(
+    CLIP, family="hf-internvit", norm="rmsnorm", norm_eps=1e-6, activation="gelu", qkv_bias=False, qk_norm_full=True, pre_norm=False,
+    final_norm=False, layer_scale=True, patch_bias=True,
+)  # fmt: skip
+RADIO = replace(
+    CLIP, family="hf-radio-h", hidden=32, heads=16, kv_heads=16, head_dim=2, image=0, class_tokens=3, max_positions=36, norm_eps=1e-6,
+    activation="gelu", pre_norm=False, final_norm=False, patch_linear=True,
+)  # fmt: skip
 SHAPES: dict[str, ModelConfig] = {
     "dense": DENSE,
     "tied": replace(DENSE, tied=True),
@@ -57,6 +65,13 @@ SHAPES: dict[str, ModelConfig] = {
     "clip-projected": replace(CLIP, projection=20),
     "siglip": SIGLIP,
     "siglip-no-head": replace(SIGLIP, pooling=False),
+    "internvit": INTERNVIT,
+    "internvit-300m": replace(INTERNVIT, norm="layernorm", qkv_bias=True, qk_norm_full=False),
+    "radio-h": RADIO,
+    "radio-g": replace(
+        RADIO, family="hf-radio-g", hidden=48, heads=24, kv_heads=24, final_norm=True, layer_scale=True, glu=True, activation="silu",
+        mask_token=True, patch_bias=True,
+    ),
 }  # fmt: skip
 LAYOUTS: dict[str, Topology] = {
     "whole": even(4),

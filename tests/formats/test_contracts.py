@@ -71,8 +71,10 @@ class TestNemo(FormatContract):
 
 
 ALIKE = tuple(name for name, config in SHAPES.items() if config.kind == "text" and name != "moe-some-layers")
-CLIP, SIGLIP = ("clip", "clip-projected"), ("siglip", "siglip-no-head")
-TOWERS = {"shapes": (*CLIP, *SIGLIP), "layouts": ("whole", "tp2", "tp8")}
+TOWERS = {
+    "shapes": tuple(name for name, config in SHAPES.items() if config.kind == "vision"),
+    "layouts": ("whole", "tp2", "tp8"),
+}
 MAPPINGS: dict[str, dict[str, Any]] = {
     "clip-names": {"shapes": ("clip",), "layouts": ("whole",)},
     "mcore-dist": {"layouts": ("whole", "tp2"), "refuses": ("tp2",)},

@@ -23,6 +23,7 @@ from ckptconv.huggingface.family_config import (
     read_config,
     write_config,
 )
+from ckptconv.huggingface.told import told_fields
 from ckptconv.mapping_files import families, load_mapping
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden" / "configs").glob("*.json"))
@@ -353,10 +354,13 @@ def test_unknown_family_lists_those_known(table: dict[str, Any]) -> None:
 @pytest.mark.parametrize("mapping", families(), ids=lambda m: m.name)
 def test_every_family_describes_its_config(mapping: Any) -> None:
     assert mapping.match
-    language = {"vocab_rows", "rope"} if mapping.config["default"].get("kind", "text") == "text" else set[str]()
-    assert {"layers", "hidden", "heads", "dtype"} | language <= {e.field for e in entries(mapping)}
-    matched = mapping.match["model_type"]
-    assert mapping.config["const"]["model_type"] == (matched[0] if isinstance(matched, list) else matched)
+    said = {e.field for e in entries(mapping)}
+    if mapping.config["default"].get("kind", "text") == "text":
+        assert {"layers", "hidden", "heads", "vocab_rows", "rope", "dtype"} <= said
+    else:
+        assert {"layers", "hidden", "max_positions", "patch"} <= said | told_fields(mapping)
+    for key, matched in mapping.match.items():
+        assert mapping.config["const"][key] == (matched[0] if isinstance(matched, list) else matched)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,32 @@
+"""What a vision tower's source does not tell, as a template or the family has it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ckptconv.config import ModelConfig
+from ckptconv.errors import ConfigError
+from ckptconv.huggingface.family_config import fixed_or_default
+from ckptconv.mapping import Mapping
+
+# what neither Megatron's files of a tower nor shapes tell: settings, and parts that Megatron's towers lack
+SETTINGS = ("norm_eps", "activation")
+UNTOLD = (*SETTINGS, "image", "final_norm", "projection", "pooling")
+SIZES = ("layers", "hidden", "head_dim", "ffn", "patch", "max_positions")
+
+
+def as_template(config: ModelConfig, theirs: ModelConfig) -> ModelConfig:
+    """The tower with what the template's config says of it; both must be of one size."""
+    for name in SIZES:
+        if getattr(config, name) != getattr(theirs, name):
+            raise ConfigError(
+                f"--saver.template: {name} of its vision tower is {getattr(theirs, name)}, of the checkpoint's {getattr(config, name)}"
+            )
+    return replace(config, **{name: getattr(theirs, name) for name in UNTOLD})
+
+
+def as_family(config: ModelConfig, mapping: Mapping) -> ModelConfig:
+    """The tower with the settings that the family has when nothing is said."""
+    usual: dict[str, Any] = fixed_or_default(mapping)
+    return replace(config, **{name: usual[name] for name in SETTINGS if name in usual})

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import gzip
+import io
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import ckptconv
 from ckptconv import Job
 from ckptconv.testing.checkpoints import write_hf
-from tests.nemo.conftest import Archive
-from tests.unit.helpers.nemo import GZIPPED, PER_RANK, TORCH_DIST, extracted
+from tests.nemo.conftest import Archive, packed
+from tests.unit.helpers.nemo import GZIPPED, PER_RANK, TORCH_DIST, contents, extracted
 from tools.golden_cases import convert
 from tools.golden_checks import hf_leaves
-from tools.golden_nemo import archive_differences, members, padding
+from tools.golden_nemo import archive_differences, loaded, members, padding, torch_dist
 
 TOKENIZERS = Path(__file__).parents[1] / "golden" / "nemo" / "tokenizers"
 LAYOUTS = ({"tp": 4, "pp": 1}, {"tp": 2, "pp": 2}, {"tp": 1, "pp": 4}, {"tp": 1, "pp": 1})
@@ -90,3 +92,45 @@ def test_archive_is_verified_against_every_other_form(
     convert(tmp_path / "other", tmp_path / "b.nemo", saver="nemo", tp=1, pp=1, vocab_size=392)
     convert(tmp_path / "b.nemo", tmp_path / "hf", saver="hf", vocab_size=392, saver_options={"template": source})
     assert hf_leaves(tmp_path / "hf") == hf_leaves(source)
+
+
+def rank_of(whole: dict[str, Any], tp: int, size: int) -> dict[str, torch.Tensor]:
+    """What a tensor rank of Megatron-Core holds of whole, stacked tensors: cut by torch, gate and up each for itself."""
+    out: dict[str, torch.Tensor] = {}
+    for key, value in whole.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        layers = value.unbind() if ".layers." in key else (value,)
+        for number, layer in enumerate(layers):
+            name = key.replace(".layers.", f".layers.{number}.")
+            if name.endswith("linear_fc1.weight"):
+                out[name] = torch.cat([half.chunk(size)[tp] for half in layer.chunk(2)])
+            elif name.endswith(("linear_qkv.weight", "word_embeddings.weight", "output_layer.weight")):
+                out[name] = layer.chunk(size)[tp]
+            elif name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+                out[name] = layer.chunk(size, 1)[tp].contiguous()
+            else:
+                out[name] = layer
+    return out
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_of_a_megatron_core_model_are_cut_and_joined_as_they_are(
+    size: int, archive: Archive, tmp_path: Path
+) -> None:
+    """Where NeMo's partition changer joins gate and up of each rank as they come. Held against torch's own slices."""
+    official = members(archive(TORCH_DIST))
+    ranks = [rank_of(torch_dist(official)[0], tp, size) for tp in range(size)]
+    convert(archive(TORCH_DIST), tmp_path / "cut.nemo", tp=size, vocab_divisor=32)
+    files = contents(tmp_path / "cut.nemo")
+    for tp, rank in enumerate(ranks):
+        held = loaded(files[f"mp_rank_{tp:02d}/model_weights.ckpt"])
+        assert {key for key in held if not key.endswith("_extra_state")} == rank.keys()
+        assert all(torch.equal(held[key], value) for key, value in rank.items())
+        buffer = io.BytesIO()
+        torch.save({key: value.clone() for key, value in rank.items()}, buffer)
+        files[f"mp_rank_{tp:02d}/model_weights.ckpt"] = buffer.getvalue()
+    joined = packed(files, tmp_path / "theirs.nemo")
+    options = {"weights": "distributed"}
+    convert(joined, tmp_path / "joined.nemo", tp=1, vocab_divisor=128, saver_options=options)
+    assert archive_differences(archive(TORCH_DIST), tmp_path / "joined.nemo") == []

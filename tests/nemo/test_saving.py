@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 import yaml
 
 from ckptconv.errors import UsageError
-from ckptconv.pipeline import Job, prepare
+from ckptconv.nemo.rope_buffer import inverse_frequencies
+from ckptconv.pipeline import Job, load, prepare
 from ckptconv.testing.checkpoints import write_hf
 from tests.nemo.conftest import Archive, packed
 from tests.unit.helpers.nemo import PER_RANK, TORCH_DIST, contents
@@ -94,6 +96,20 @@ def test_the_kind_of_model_is_that_of_the_source(kind: str, tmp_path: Path) -> N
     if kind == "local":
         convert(tmp_path / "a.nemo", tmp_path / "dist.nemo", saver_options={"weights": "distributed"})
         assert yaml.safe_load(members(tmp_path / "dist.nemo")["model_config.yaml"])["transformer_engine"] is False
+
+
+@pytest.mark.parametrize("percent", [1.0, 0.5])
+@pytest.mark.parametrize("base", [10000.0, 500000.0])
+@pytest.mark.parametrize("size", [16, 64, 128])
+def test_frequencies_are_those_that_torch_works_out(size: int, base: float, percent: float, tmp_path: Path) -> None:
+    """As NeMo's module does it; at these sizes to the last bit."""
+    config = load(model(tmp_path)).config
+    assert config.rope is not None
+    found = inverse_frequencies(replace(config, head_dim=size, rope=replace(config.rope, base=base, percent=percent)))
+    turned = int(size * percent)
+    theirs = 1.0 / (base ** (torch.arange(0, turned, 2).float() / turned))
+    assert found is not None
+    assert found.tolist() == theirs.tolist()
 
 
 def expected(table: torch.Tensor, fill: str, rows: int) -> torch.Tensor:

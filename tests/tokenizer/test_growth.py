@@ -118,12 +118,16 @@ def rows(values: list[list[float]], dtype: DType) -> Tensor:
 
 @pytest.mark.parametrize(("dtype", "half", "least"), [(BF16, 2.0**-8, 2.0**-38), (FP16, 2.0**-11, 2.0**-24)])
 def test_a_mean_is_rounded_once(dtype: DType, half: float, least: float) -> None:
-    """It lies just above the middle between two values. Rounded to fp32 first it would be that middle, and go to the even one."""
-    up = rows([[3], [3 * half], [least]], dtype)
-    down = rows([[-3], [-3 * half], [-least]], dtype)
-    for table, sign in ((up, 1), (down, -1)):
+    """It lies just beside the middle between two values. Rounded to fp32 first it would be that middle, and go to the even one."""
+    for sign, more, expected in (
+        (1, least, 1 + 2 * half),
+        (1, -least, 1),
+        (-1, least, -1),
+        (-1, -least, -1 - 2 * half),
+    ):
+        table = rows([[sign * 3], [sign * 3 * half], [more]], dtype)
         assert table.numpy().astype(np.float64).mean() != sign * (1 + half)
-        assert float(passes.mean(Key("embed.weight"), table, 0)[0, 0]) == sign * (1 + 2 * half)
+        assert float(passes.mean(Key("embed.weight"), table, 0)[0, 0]) == expected
 
 
 def test_a_row_of_constants_is_the_mean() -> None:

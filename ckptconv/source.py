@@ -27,7 +27,7 @@ class Source(NamedTuple):
 
     def inside(self, offset: int, nbytes: int) -> Source:
         """The range at `offset` of this one (the caller has checked that it lies within)."""
-        return self._replace(offset=self.offset + offset, nbytes=nbytes)
+        return Source(self.path, self.offset + offset, nbytes, self.coding)
 
 
 class Identity(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -125,11 +126,11 @@ class Tensor:
         raise NotImplementedError
 
 
+@lru_cache
 def row_major(shape: Shape, itemsize: int) -> Shape:
-    """The strides, in bytes, of an array without gaps."""
+    """The strides, in bytes, of an array without gaps; 0 for axes of size 1."""
     strides = []
     for size in reversed(shape):
-        strides.append(itemsize)
+        strides.append(itemsize if size > 1 else 0)
         itemsize *= size
-    strides.reverse()
-    return tuple(strides)
+    return tuple(reversed(strides))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from reprlib import repr as short_repr
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from ckptconv.containers.ranges import HeaderReader, Place, locate
 from ckptconv.dtypes import BY_SAFETENSORS, DType
@@ -19,6 +19,7 @@ from ckptconv.tensor import Shape, Tensor
 MAX_HEADER = 100_000_000  # the library refuses more
 MAX_NBYTES = 1 << 62
 METADATA = "__metadata__"
+_FIELDS = {"dtype", "shape", "data_offsets"}
 
 # The library sorts by its Dtype enum, last one first, then by name; hence this order and not one by size alone.
 _ORDER = (
@@ -36,29 +37,32 @@ class SafetensorsFile:
     metadata: dict[str, str]
 
 
-class _Entry:
+class _Entry(NamedTuple):
     """One header entry, checked by itself: its byte range is still to be held against its neighbours'."""
 
-    __slots__ = ("begin", "dtype", "end", "name", "shape")
+    begin: int
+    end: int
+    name: str
+    dtype: DType
+    shape: Shape
 
-    def __init__(self, name: str, info: object) -> None:
-        if not isinstance(info, dict) or set(info) != {"dtype", "shape", "data_offsets"}:
-            raise ValueError("an entry has exactly dtype, shape and data_offsets")
-        self.name = name
-        self.dtype = _dtype(info["dtype"])
-        self.shape: Shape = tuple(map(_natural, _list(info["shape"])))
-        offsets = _list(info["data_offsets"])
-        if len(offsets) != 2:
-            raise ValueError("data_offsets are not two numbers")
-        self.begin, self.end = _natural(offsets[0]), _natural(offsets[1])
-        expected = math.prod(self.shape) * self.dtype.itemsize
-        if max((expected, *self.shape)) > MAX_NBYTES:
-            raise ValueError(f"shape {list(self.shape)} overflows")
-        if self.end - self.begin != expected:
-            raise ValueError(
-                f"{self.dtype.safetensors} {list(self.shape)} takes {expected} bytes, "
-                f"data_offsets {self.begin}..{self.end} give {self.end - self.begin}"
-            )
+
+def _entry(name: str, info: object) -> _Entry:
+    if not isinstance(info, dict) or info.keys() != _FIELDS:
+        raise ValueError("an entry has exactly dtype, shape and data_offsets")
+    dtype, shape = _dtype(info["dtype"]), _naturals(info["shape"])
+    offsets = _naturals(info["data_offsets"])
+    if len(offsets) != 2:
+        raise ValueError("data_offsets are not two numbers")
+    begin, end = offsets
+    expected = math.prod(shape) * dtype.itemsize
+    if expected > MAX_NBYTES or (0 in shape and max(shape) > MAX_NBYTES):
+        raise ValueError(f"shape {list(shape)} overflows")
+    if end - begin != expected:
+        raise ValueError(
+            f"{dtype.safetensors} {list(shape)} takes {expected} bytes, data_offsets {begin}..{end} give {end - begin}"
+        )
+    return _Entry(begin, end, name, dtype, shape)
 
 
 def read(path: Place, where: str = "") -> SafetensorsFile:
@@ -76,10 +80,10 @@ def read(path: Place, where: str = "") -> SafetensorsFile:
     entries = []
     for name, info in header.items():
         try:
-            entries.append(_Entry(name, info))
+            entries.append(_entry(name, info))
         except ValueError as error:
             raise FormatError(f"{where}!{name}", str(error)) from None
-    entries.sort(key=lambda e: (e.begin, e.end))
+    entries.sort()
     body = source.inside(8 + length, source.nbytes - 8 - length)
     _check_tiling(entries, body.nbytes, where)
     tensors = {e.name: contiguous(body.inside(e.begin, e.end - e.begin), e.shape, e.dtype) for e in entries}
@@ -150,16 +154,13 @@ def _dtype(code: object) -> DType:
     return dtype
 
 
-def _list(value: object) -> list[object]:
+def _naturals(value: object) -> tuple[int, ...]:
     if not isinstance(value, list):
         raise ValueError(f"{short_repr(value)} is not a list")
-    return value
-
-
-def _natural(value: object) -> int:
-    if type(value) is not int or value < 0:  # bool is an int in Python, and not here
-        raise ValueError(f"{short_repr(value)} is not a number of 0 or more")
-    return value
+    for n in value:
+        if type(n) is not int or n < 0:  # bool is an int in Python, and not here
+            raise ValueError(f"{short_repr(n)} is not a number of 0 or more")
+    return tuple(value)
 
 
 def _check_tiling(entries: list[_Entry], nbytes: int, where: str) -> None:

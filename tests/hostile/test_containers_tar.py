@@ -15,7 +15,7 @@ from ckptconv.containers import gzipped, tar, torch_file
 from ckptconv.containers.tar import open_tar
 from ckptconv.errors import FormatError
 from ckptconv.source import Source
-from tests.unit.helpers.containers import attempt, refused, torch_zip
+from tests.unit.helpers.containers import attempt, refused, scarred, torch_zip
 
 NAME, SIZE, SUM, KIND, MAGIC, PREFIX = 0, 124, 148, 156, 257, 345
 SAFE = 2 * 512  # of zeros, which end an archive
@@ -116,17 +116,7 @@ def test_random_damage_ends_in_members_or_a_refusal(tmp_path: Path, seed: int) -
     path = by_tarfile(tmp_path, rng.choice([PAX, GNU]))
     data = path.read_bytes()
     for _ in range(200):
-        out = bytearray(data)
-        at, n = rng.randrange(len(out)), rng.choice([1, 8, 40, 512, 1024])
-        kind = rng.randrange(4)
-        if kind == 0:
-            out[at : at + n] = rng.randbytes(n)
-        elif kind == 1:
-            del out[at : at + n]
-        elif kind == 2:
-            out[at:at] = rng.randbytes(n)
-        else:
-            out[at : at + n] = bytes(n)
+        out = scarred(data, rng.choice([1, 8, 40, 512, 1024]), rng)
         path.write_bytes(out)
         found = attempt(path, meaning)
         inside = found if isinstance(found, dict) else {}

@@ -17,7 +17,7 @@ from ckptconv.containers import torch_file, torch_write
 from ckptconv.containers.pickled import Namespace
 from ckptconv.dtypes import DTYPES
 from ckptconv.leaves import full
-from tests.unit.helpers.containers import attempt, flatten, refused, stored_zip, torch_zip, write
+from tests.unit.helpers.containers import attempt, flatten, refused, scarred, stored_zip, torch_zip, write
 
 NONE = b"\x80\x02N."
 SMALL = {"x/data.pkl": NONE, "x/byteorder": b"little", "x/version": b"3\n"}
@@ -105,17 +105,7 @@ def test_random_damage_ends_in_a_value_or_a_refusal(tmp_path: Path, seed: int) -
     data = path.read_bytes()
     expected = flatten(torch_file.read(path))
     for _ in range(100):
-        out = bytearray(data)
-        at, n = rng.randrange(len(out)), rng.randint(1, 40)
-        kind = rng.randrange(4)
-        if kind == 0:
-            out[at : at + n] = rng.randbytes(n)
-        elif kind == 1:
-            del out[at : at + n]
-        elif kind == 2:
-            out[at:at] = rng.randbytes(n)
-        else:
-            out[at : at + n] = bytes(n)
+        out = scarred(data, rng.randint(1, 40), rng)
         path.write_bytes(out)
         assert attempt(path, meaning) in (None, expected)
 

@@ -68,7 +68,14 @@ def tree(folder: Path) -> dict[str, bytes]:
 def test_damage_is_refused(
     case: Case, bases: dict[str, Path], clean: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work, empty = tmp_path / "work", tmp_path / "empty"
+    check_refused(case, bases, clean, tmp_path, monkeypatch)
+
+
+def check_refused(
+    case: Case, bases: dict[str, Path], clean: dict[str, Path], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name, quickly, in little memory, without running code; or, where it may mean nothing, converted as if clean."""
+    work, empty = folder / "work", folder / "empty"
     work.mkdir()
     empty.mkdir()
     source = lay_out(case, bases, work)
@@ -83,8 +90,7 @@ def test_damage_is_refused(
         assert tree(work / "result") == tree(clean[case.base]), "taken for something else"
         return
     assert isinstance(error, case.error), repr(error)
-    for name in case.named:
-        assert name in str(error)
+    assert [name for name in case.named if name not in str(error)] == [], str(error)
     assert [p.name for p in work.iterdir()] == ["source"], "nothing may be left behind"
 
 

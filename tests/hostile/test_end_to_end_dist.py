@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from ckptconv.testing.checkpoints import write_hf
 from tests.hostile import damage_dist, damage_dist_blobs, damage_zarr
 from tests.hostile.bases import QUICK
 from tests.hostile.damage import Case
-from tests.hostile.test_end_to_end import BYTES, SECONDS, attempt, lay_out, memory, reset_peak, tree
+from tests.hostile.test_end_to_end import check_refused
 
 MATRIX: list[Case] = [*damage_dist.CASES, *damage_dist_blobs.CASES, *damage_zarr.CASES]
 ZARR = {"backend": "zarr", "mcore_version": "0.12"}
@@ -53,23 +52,7 @@ def clean(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> d
 def test_damage_is_refused(
     case: Case, bases: dict[str, Path], clean: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work, empty = tmp_path / "work", tmp_path / "empty"
-    work.mkdir()
-    empty.mkdir()
-    source = lay_out(case, bases, work)
-    monkeypatch.chdir(empty)  # where code hidden in a pickle would leave its canary
-    before, start = reset_peak(), time.monotonic()
-    error = attempt(source, work / "result", case)
-    assert time.monotonic() - start < SECONDS
-    assert memory("VmHWM") - before < BYTES
-    assert list(empty.iterdir()) == [], "a canary: code was run"
-    if error is None:
-        assert case.harmless, "not refused"
-        assert tree(work / "result") == tree(clean[case.base]), "taken for something else"
-        return
-    assert isinstance(error, case.error), repr(error)
-    assert [name for name in case.named if name not in str(error)] == [], str(error)
-    assert [p.name for p in work.iterdir()] == ["source"], "nothing may be left behind"
+    check_refused(case, bases, clean, tmp_path, monkeypatch)
 
 
 def test_matrix_is_large_and_each_case_once() -> None:

@@ -101,6 +101,20 @@ def test_full_disk_leaves_no_torn_block(path: str, monkeypatch: pytest.MonkeyPat
     assert len(reopened(path).done) == 13
 
 
+def test_block_that_did_not_become_durable_does_not_count(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is whole in the file all the same."""
+
+    def broken(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    journal = Journal.open(path)
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        journal.append([(Claim(8, 8, 8), Proof(bytes(16), 0))])
+    journal.close()
+    assert reopened(path).done == dict(CLAIMS)
+
+
 def test_other_plan_is_refused_with_what_changed(path: str) -> None:
     other = Fingerprint(
         "cd" * 16, {"options": {"tp": 4, "pp": 2}}, {"/src/a": Identity(11, 5), "/src/b": Identity(1, 1)}

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import pickle
+import random
 import struct
 import time
 import types
@@ -161,3 +162,18 @@ def assert_same(ours: object, theirs: object, path: str = "") -> None:
             assert ours.args == theirs.args, path
         if isinstance(theirs, io.BytesIO):
             assert bytes_of(ours) == theirs.getvalue(), path
+
+
+def scarred(data: bytes, n: int, rng: random.Random) -> bytearray:
+    """`n` bytes somewhere replaced, taken out, put in, or set to zero."""
+    out, at = bytearray(data), rng.randrange(len(data))
+    match rng.randrange(4):
+        case 0:
+            out[at : at + n] = rng.randbytes(n)
+        case 1:
+            del out[at : at + n]
+        case 2:
+            out[at:at] = rng.randbytes(n)
+        case _:
+            out[at : at + n] = bytes(n)
+    return out

@@ -24,7 +24,7 @@ from ckptconv.mapping import Mapping
 from ckptconv.megatron.args_read import layout
 from ckptconv.megatron.dist_optim_groups import OBJECT, alone
 from ckptconv.megatron.grid import Process
-from ckptconv.megatron.module_order import in_module_order
+from ckptconv.megatron.module_order import position
 from ckptconv.megatron.optimizer import buffers
 from ckptconv.megatron.optimizer.members import Member, Rules, rules
 from ckptconv.megatron.versions import LOCAL
@@ -127,7 +127,7 @@ def _chunk(stored: Stored, run: Run, process: Process, vpp: int) -> dict[str, Te
     rank = Rank(pp, tp, ep, vpp, tp % run.topology.etp)
     rows = bind(run.mapping, run.variant, stored.config, run.topology, rank)
     held: dict[str, Tensor] = {row.stored: Fill(row.shape, run.dtypes[row.atoms[0]]) for row in rows if not row.copy}
-    return {name: held[name] for name in in_module_order(held)}
+    return {name: held[name] for name in sorted(held, key=position)}
 
 
 def _filed(contents: Contents, run: Run) -> Filed:

@@ -15,7 +15,7 @@ from ckptconv.containers.unpickle import Unpickler
 from ckptconv.dtypes import UINT8
 from ckptconv.errors import FormatError
 from ckptconv.leaves import full
-from ckptconv.megatron.measure import LAYER
+from ckptconv.megatron.module_order import position
 from ckptconv.megatron.versions import Core, Version
 from ckptconv.nodes import Fill, concat
 from ckptconv.tensor import Tensor
@@ -24,7 +24,6 @@ NAME = "_extra_state"
 MOST_OF_NOTHING = 1024  # bytes of a pickle: None takes 4, an empty dictionary under 50
 _LINEAR = re.compile(r"(?:self_attention|mlp(?:\.experts(?:\.local_experts\.\d+)?)?)\.linear_(?:proj|qkv|fc1|fc2)$")
 _EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
-_LAYER_ORDER = ("input_layernorm.", "self_attention.", "pre_mlp_layernorm.", "mlp.router.", "mlp.")
 _NORM = re.compile(r"(?:\.|^)(?:q_layernorm|k_layernorm|pre_mlp_layernorm|final_layernorm)$")
 _LEGACY = re.compile(r"\.(?:query_key_value|dense|dense_h_to_4h|dense_4h_to_h|output_layer)$")
 _PARAMETER = re.compile(r"\.(?:weight\d*|bias\d*|layer_norm_weight|layer_norm_bias)$")
@@ -43,7 +42,7 @@ class ExtraState:
     def beside(self, tensors: Mapping[str, Tensor], *, last: bool) -> dict[str, object]:
         """The tensors of a chunk with the entries where the modules' state_dict has them; `last`: it has the output layer."""
         if not self.legacy:
-            tensors = {name: tensors[name] for name in sorted(tensors, key=_position)}
+            tensors = {name: tensors[name] for name in sorted(tensors, key=position)}
         out: dict[str, object] = {}
         ends = {_module(name): name for name in tensors}
         for name, tensor in tensors.items():
@@ -84,17 +83,6 @@ class ExtraState:
         if self.te < (2, 4):
             return copy(_NOTHING)  # a tensor of its own: one met twice would be stored once
         return Fill((0,), UINT8)
-
-
-def _position(name: str) -> tuple[int, int, int, int]:
-    """Where Megatron-Core's module order has a tensor: end of the model, layer, module of the layer, expert; else as they stand."""
-    layer = LAYER.search(name)
-    if layer is None:
-        return (0 if name.startswith("embedding.") else 2), 0, 0, 0
-    rest = name[layer.end() :]
-    module = next((i for i, part in enumerate(_LAYER_ORDER) if rest.startswith(part)), len(_LAYER_ORDER))
-    expert = _EXPERT.search(name)
-    return 1, int(layer[1]), module, int(expert[1]) if expert else 0
 
 
 def _module(name: str) -> str:

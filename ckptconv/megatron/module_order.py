@@ -1,27 +1,21 @@
-"""The order in which a model's modules list their parameters. Mappings name the same parameters, and put some of them elsewhere."""
+"""The order in which Megatron-Core's modules list their parameters. Mappings name the same ones, and have some of them elsewhere."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(\w+)")
+from ckptconv.megatron.measure import LAYER
+
+_LAYER_ORDER = ("input_layernorm.", "self_attention.", "pre_mlp_layernorm.", "mlp.router.", "mlp.")
 _EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
-_PARTS = ("input_layernorm", "self_attention", "pre_mlp_layernorm", "mlp")
 
 
-def in_module_order(names: Iterable[str]) -> list[str]:
-    """Layer by layer; in each its norms where Megatron's own modules have them, and expert by expert where each is a module."""
-    ordered = list(names)
-    layers = [i for i, name in enumerate(ordered) if _LAYER.match(name)]
-    if layers:
-        lo, hi = layers[0], layers[-1] + 1
-        ordered[lo:hi] = sorted(ordered[lo:hi], key=_place)
-    return ordered
-
-
-def _place(name: str) -> tuple[int, int, int]:
-    """Names with the same place stay as they stand."""
-    layer, part = _LAYER.findall(name)[0]
+def position(name: str) -> tuple[int, int, int, int]:
+    """A key to sort names by: end of the model, layer, module of the layer, expert; else they stay as they stand."""
+    layer = LAYER.search(name)
+    if layer is None:
+        return (0 if name.startswith("embedding.") else 2), 0, 0, 0
+    rest = name[layer.end() :]
+    module = next((i for i, part in enumerate(_LAYER_ORDER) if rest.startswith(part)), len(_LAYER_ORDER))
     expert = _EXPERT.search(name)
-    return int(layer), _PARTS.index(part), int(expert[1]) if expert else -1
+    return 1, int(layer[1]), module, int(expert[1]) if expert else 0

@@ -27,6 +27,7 @@ def as_template(config: ModelConfig, theirs: ModelConfig) -> ModelConfig:
 
 
 def as_family(config: ModelConfig, mapping: Mapping) -> ModelConfig:
-    """The tower with the settings that the family has when nothing is said."""
+    """The tower with the settings that the family has when nothing is said, and the norm behind it, if the family has one."""
     usual: dict[str, Any] = fixed_or_default(mapping)
-    return replace(config, **{name: usual[name] for name in SETTINGS if name in usual})
+    settings = {name: usual[name] for name in SETTINGS if name in usual}
+    return replace(config, **settings, final_norm=usual.get("final_norm", True))

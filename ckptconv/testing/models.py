@@ -40,6 +40,30 @@ COMMON: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
+VISION: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 20,
+    "patch_size": 4,
+}
+TEXT: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 50,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+TOWERS = {  # class of transformers -> what its config says
+    "CLIPVisionModel": VISION,
+    "CLIPVisionModelWithProjection": {**VISION, "projection_dim": 24},
+    "CLIPModel": {"vision_config": VISION, "text_config": TEXT, "projection_dim": 24},
+    "SiglipVisionModel": VISION,
+    "SiglipModel": {"vision_config": VISION, "text_config": TEXT},
+}
 KINDS = {
     "llama": Kind("Llama"),
     "llama-mha": Kind("Llama", {"num_key_value_heads": 4}),
@@ -66,12 +90,27 @@ def make_hf(folder: Path, kind: str, *, dtype: str = "float32", seed: int = 1234
 
 def make_model(kind: str, *, seed: int = 1234, **over: Any) -> Any:
     """Every parameter random, norms and biases too: two tensors swapped always show."""
-    import torch
     import transformers
 
     chosen = KINDS[kind]
     config = getattr(transformers, f"{chosen.model}Config")(**{**COMMON, **chosen.config, **over})
-    model = getattr(transformers, f"{chosen.model}ForCausalLM")(config).eval().float()
+    return _randomized(getattr(transformers, f"{chosen.model}ForCausalLM")(config), seed)
+
+
+def make_tower(folder: Path, kind: str, *, seed: int = 1234, **over: Any) -> Path:
+    """Save a seeded vision tower, or a model around one: one of `TOWERS`. Gives the folder back."""
+    import transformers
+
+    model_class = getattr(transformers, kind)
+    model = _randomized(model_class(model_class.config_class(**{**TOWERS[kind], **over})), seed)
+    model.save_pretrained(folder)
+    return folder
+
+
+def _randomized(model: Any, seed: int) -> Any:
+    import torch
+
+    model = model.eval().float()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -85,16 +124,36 @@ def token_ids(rows: int = 2, length: int = 17, vocab: int = 131, seed: int = 7) 
     return np.random.default_rng(seed).integers(0, vocab, (rows, length))
 
 
+def images(size: int = 20, seed: int = 7) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).normal(size=(2, 3, size, size)).astype(np.float32)
+
+
+def hf_hidden(folder: Path, kind: str) -> NDArray[np.float32]:
+    """The last hidden state of the same images that transformers' class computes from a folder, which must fit it wholly."""
+    import torch
+    import transformers
+
+    model = _loaded(getattr(transformers, kind), folder)
+    tower = model.vision_model if "vision_config" in TOWERS[kind] else model
+    with torch.no_grad():
+        return tower(pixel_values=torch.from_numpy(images())).last_hidden_state.numpy()  # type: ignore[no-any-return]
+
+
+def _loaded(model_class: Any, folder: Path) -> Any:
+    """A weight that transformers finds missing, left over or reshaped is an error."""
+    import torch
+
+    model, info = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if wrong := {key: value for key, value in info.items() if value}:
+        raise ValueError(f"transformers does not load {folder.name} cleanly: {wrong}")
+    return model.eval()
+
+
 def hf_logits(folder: Path, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     """What transformers computes in fp32 from a folder; a weight it finds missing, left over or reshaped is an error."""
     import torch
     import transformers
 
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
-    wrong = {key: value for key, value in info.items() if value}
-    if wrong:
-        raise ValueError(f"transformers does not load {folder.name} cleanly: {wrong}")
+    model = _loaded(transformers.AutoModelForCausalLM, folder)
     with torch.no_grad():
-        return model.eval()(torch.from_numpy(ids)).logits.float().numpy()  # type: ignore[no-any-return]
+        return model(torch.from_numpy(ids)).logits.float().numpy()  # type: ignore[no-any-return]

@@ -130,13 +130,15 @@ def _table(parent: Table, key: str, where: Path) -> Table:
 def _tokenizer(folder: Path, said: object) -> dict[str, Source]:
     """The files of the tokenizer. What is no file of the context (a hub's name, a path of another machine) is not there."""
     match said:
-        case {"model_path": str(name)} if (folder / name).is_file():
+        case {"model_path": str(name)} if _is_within(name) and (folder / name).is_file():
             return {tokenizer_files.SENTENCEPIECE: whole(str(inside(folder, name)))}
-        case {"pretrained_model_name": str(name)} if (
-            "/" not in name and name not in ("", "..") and (folder / name).is_dir()
-        ):
+        case {"pretrained_model_name": str(name)} if _is_within(name) and (folder / name).is_dir():
             return tokenizer_files.of_hugging_face(side_files(folder / name))
     return {}
+
+
+def _is_within(name: str) -> bool:
+    return bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def statement(context: Context) -> Statement:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,7 @@ def save(rank: int, source: str, out: str, kind: str, processes: int, meeting: s
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes)
     saved = torch.load(source)
-    mesh = {"device_mesh": init_device_mesh("cpu", (processes,))} if kind == "dtensor" else {}
+    mesh: Any = {"device_mesh": init_device_mesh("cpu", (processes,))} if kind == "dtensor" else {}
     model = FullyShardedDataParallel(module(saved["state_dict"]), device_id=torch.device("cpu"), **mesh)
     how = ShardedStateDictConfig(offload_to_cpu=True)
     with FullyShardedDataParallel.state_dict_type(model, StateDictType.SHARDED_STATE_DICT, how):

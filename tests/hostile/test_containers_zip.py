@@ -98,6 +98,17 @@ def test_flipped_payload_is_found_by_check_alone(tmp_path: Path) -> None:
         torch_file.read(path, check=True)
 
 
+def test_bytes_before_the_first_record_are_refused(tmp_path: Path) -> None:
+    """A zip file may be appended to anything, such as a record that its directory does not list."""
+    path = tmp_path / "appended.pt"
+    path.write_bytes(b"PK\3\4hidden")
+    with zipfile.ZipFile(path, "a") as out:
+        for name, content in SMALL.items():
+            out.writestr(name, content)
+    with refused(path, match="begins at 10, the record before it ends at 0"):
+        torch_file.read(path)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_random_damage_ends_in_a_value_or_a_refusal(tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)

@@ -1,0 +1,1 @@
+"""Optimizer state of rank files: what Megatron-Core saved and resumes."""

@@ -11,7 +11,7 @@ from ckptconv.errors import UsageError
 from ckptconv.formats import Request
 from ckptconv.mapping import Mapping
 from ckptconv.mapping_files import chosen
-from ckptconv.megatron import loading, saving
+from ckptconv.megatron import loading, saving, towers
 from ckptconv.megatron.args_write import refuse_inexpressible
 from ckptconv.megatron.extra_state import ExtraState
 from ckptconv.megatron.measure import MCORE
@@ -127,7 +127,8 @@ class Mcore:
                 "choose a smaller --tp or --mcore-version 0.16"
             )
         rows = saving.vocab_rows(config, topology, saving.divisor(checkpoint.extras, request))
-        return Target(mapping, frozenset({EXPERTS[experts]}), topology, rows)
+        heads = towers.padded_heads(config, topology.tp)
+        return Target(mapping, frozenset({EXPERTS[experts]}), topology, rows, heads=heads)
 
     def save(self, stored: Stored, options: McoreSave, request: Request) -> Plan:
         return saving.save(stored, options.iteration, request, _form(stored, options))
@@ -144,7 +145,7 @@ def _vision_target(config: ModelConfig, topology: Topology, local: bool, request
             f"{' '.join(given)}: a vision tower alone is cut for tensor parallelism only; combine it first"
         )
     mapping = chosen("mcore-vision-local" if local else "mcore-vision", request.mappings)
-    return Target(mapping, frozenset(), topology, config.vocab_rows)
+    return Target(mapping, frozenset(), topology, config.vocab_rows, heads=towers.padded_heads(config, topology.tp))
 
 
 def _form(stored: Stored, options: McoreSave) -> saving.Form:

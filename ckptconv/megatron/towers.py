@@ -14,6 +14,7 @@ from ckptconv.megatron.extra_state import ExtraState
 from ckptconv.megatron.measure import layer_count
 from ckptconv.megatron.rank_file import RankContent
 from ckptconv.tensor import Shape, Tensor
+from ckptconv.tower_passes import vision_tower
 
 LANGUAGE, VISION, PROJECTOR = "language_model.", "vision_model.", "vision_projection.encoder."
 PATCHES = ("conv1.weight", "embedder.weight")  # one of them is in every tower
@@ -189,7 +190,5 @@ def _beside_linears(tensors: Dict[str, Tensor], extra: ExtraState) -> dict[str, 
 
 def padded_heads(config: ModelConfig, tp: int) -> int | None:
     """Heads with dummy ones that tp can cut, for InternViT, whose number nothing divides; None: as they are."""
-    if config.kind != "vision" or not config.qk_norm_full:
-        return None
-    true = config.true_heads or config.heads
-    return -(-true // tp) * tp
+    tower = vision_tower(config)
+    return -(-(tower.true_heads or tower.heads) // tp) * tp if tower is not None and tower.qk_norm_full else None

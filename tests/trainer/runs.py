@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf, isnan
 from pathlib import Path
 
 from ckptconv.trainer import checkpoint
@@ -51,7 +52,7 @@ def curve(config: Config, load: Path | None = None, save: Path | None = None) ->
 
 
 def distance(found: Curve, expected: Curve) -> float:
+    """The largest difference; what is no number is as far off as can be."""
     assert len(found) == len(expected) > 0
-    return max(
-        abs(a - b) for got, wanted in zip(found, expected, strict=True) for a, b in zip(got, wanted, strict=True)
-    )
+    gaps = [abs(a - b) for got, wanted in zip(found, expected, strict=True) for a, b in zip(got, wanted, strict=True)]
+    return inf if any(map(isnan, gaps)) else max(gaps)

@@ -37,14 +37,19 @@ def read(path: Place, *, check: bool = False, where: str = "", calls: Calls | No
     return inspect(path, check=check, where=where, calls=calls).value
 
 
-def inspect(path: Place, *, check: bool = False, where: str = "", calls: Calls | None = None) -> TorchFile:
-    """As `read`, with what else is to be known. An old file (before torch 1.6) carries no checksums to check."""
+def inspect(
+    path: Place, *, check: bool = False, where: str = "", calls: Calls | None = None, script: bool = False
+) -> TorchFile:
+    """As `read`, with what else is to be known. An old file (before torch 1.6) carries no checksums to check.
+
+    `script`: the file may also be a TorchScript program, and the object then its tree of modules (see torch_script.py).
+    """
     source = locate(path)
     where = where or source.path
     with HeaderReader(source, where) as reader:
         head = reader.read(0, min(512, source.nbytes), "the first bytes")
         if head.startswith(b"PK\3\4"):
-            return _read_zip(reader, check, {**TORCH_CALLS, **SHARDED_CALLS, **(calls or {})})
+            return _read_zip(reader, check, {**TORCH_CALLS, **SHARDED_CALLS, **(calls or {})}, script)
         if head.startswith(torch_legacy.MAGIC):
             value, unused = torch_legacy.read(reader)
             return TorchFile(value, unused)
@@ -55,9 +60,9 @@ def inspect(path: Place, *, check: bool = False, where: str = "", calls: Calls |
     )
 
 
-def _read_zip(reader: HeaderReader, check: bool, calls: Calls) -> TorchFile:
-    archive = open_archive(reader)
-    root = _root(archive)
+def _read_zip(reader: HeaderReader, check: bool, calls: Calls, script: bool) -> TorchFile:
+    archive = open_archive(reader, packed=script)
+    root = _root(archive, script)
     _check_small(archive, reader, root)
     if check:
         archive.check(reader)
@@ -84,14 +89,17 @@ def _read_zip(reader: HeaderReader, check: bool, calls: Calls) -> TorchFile:
     return TorchFile(value, unused)
 
 
-def _root(archive: Archive) -> str:
+def _root(archive: Archive, script: bool) -> str:
     """The one folder that all members are in: what torch called the archive."""
     where = archive.where
-    roots = {name.partition("/")[0] for name in archive.records}
+    roots = {name.partition("/")[0] for name in (*archive.records, *archive.packed)}
     if len(roots) != 1:
         raise FormatError(where, f"its members are in {len(roots)} folders; a torch file has one")
     (root,) = roots
-    if f"{root}/constants.pkl" in archive.records or any(n.startswith(f"{root}/code/") for n in archive.records):
+    if odd := [name for name in archive.packed if not name.startswith(f"{root}/code/")]:
+        raise FormatError(f"{where}!{odd[0]}", "is compressed, and no code: torch stores what is read as it is")
+    program = f"{root}/constants.pkl" in archive.records or any(n.startswith(f"{root}/code/") for n in archive.records)
+    if program and not script:
         raise FormatError(
             where, "is a TorchScript program, not a checkpoint: only its code can say what the tensors are"
         )

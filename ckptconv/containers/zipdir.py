@@ -19,6 +19,7 @@ LOCAL, CENTRAL, END = struct.Struct("<4s5H3I2H"), struct.Struct("<4s6H3I5H2I"), 
 END64, LOCATOR = struct.Struct("<4sQ2H2I4Q"), struct.Struct("<4sIQI")
 DESCRIPTOR, DESCRIPTOR64 = struct.Struct("<4s3I"), struct.Struct("<4sI2Q")
 LOCAL_CRC, CENTRAL_CRC, DESCRIPTOR_CRC = 14, 16, 4  # where the CRC32 stands in each
+STORED, DEFLATED = 0, 8
 MAX16, MAX32 = 0xFFFF, 0xFFFFFFFF
 HAS_DESCRIPTOR, UTF8 = 0x0008, 0x0800
 _NOT_PLAIN = re.compile(r"//|/\.{1,2}/")
@@ -39,12 +40,14 @@ class Record(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """A row of the central directory."""
+    """A row of the central directory. `held` bytes are in the archive; they are `size` long when unpacked."""
 
     raw: bytes
     name: str
     flags: int
+    method: int
     crc: int
+    held: int
     size: int
     header: int
     row: int
@@ -52,12 +55,16 @@ class _Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """The records of a zip file. `checksums` is false where the writer left every CRC32 at 0 (torch can be told to)."""
+    """The records of a zip file. `checksums` is false where the writer left every CRC32 at 0 (torch can be told to).
+
+    `packed` names the members that are compressed: they are no records, and are not read.
+    """
 
     where: str
     source: Source
     records: dict[str, Record]
     checksums: bool
+    packed: tuple[str, ...] = ()
 
     def read(self, reader: HeaderReader, name: str, limit: int) -> bytes:
         """A small record, whole, its CRC32 verified."""
@@ -85,11 +92,11 @@ class Archive:
                 raise FormatError(f"{self.where}!{record.name}", "its bytes do not match its CRC32: damaged")
 
 
-def open_archive(reader: HeaderReader) -> Archive:
-    """Parse and check the directory and all local headers."""
+def open_archive(reader: HeaderReader, *, packed: bool = False) -> Archive:
+    """Parse and check the directory and all local headers. Compressed members are refused, unless there may be `packed` ones."""
     where, source = reader.where, reader.source
     start, nbytes, count = _find_directory(reader)
-    entries = _entries(reader.read(start, nbytes, "the directory"), count, where)
+    entries = _entries(reader.read(start, nbytes, "the directory"), count, where, packed)
     entries.sort(key=lambda e: e.header)
     records: dict[str, Record] = {}
     names: set[str] = set()
@@ -102,12 +109,12 @@ def open_archive(reader: HeaderReader) -> Archive:
         if entry.header != at:
             raise FormatError(f"{where}!{entry.name}", f"begins at {entry.header}, the record before it ends at {at}")
         begin, told = _check_local(reader, entry, after)
-        if not entry.name.endswith("/"):
+        if not entry.name.endswith("/") and entry.method == STORED:
             crc_at = (*told, start + entry.row + CENTRAL_CRC)
             records[entry.name] = Record(entry.name, source.inside(begin, entry.size), entry.crc, crc_at)
         at = after
     checksums = any(r.crc for r in records.values())
-    return Archive(where, source, records, checksums)
+    return Archive(where, source, records, checksums, tuple(e.name for e in entries if e.method != STORED))
 
 
 def _find_directory(reader: HeaderReader) -> tuple[int, int, int]:
@@ -145,20 +152,20 @@ def _find_directory64(reader: HeaderReader, locator: bytes, end: int) -> tuple[i
     return at, (count, nbytes, start)
 
 
-def _entries(data: bytes, count: int, where: str) -> list[_Entry]:
+def _entries(data: bytes, count: int, where: str, packed: bool) -> list[_Entry]:
     out: list[_Entry] = []
     at = 0
     for _ in range(count):
         if at + CENTRAL.size > len(data) or data[at : at + 4] != b"PK\1\2":
             raise FormatError(where, f"its directory is damaged at record {len(out)} of {count}")
-        entry, at = _entry(data, at, where)
+        entry, at = _entry(data, at, where, packed)
         out.append(entry)
     if at != len(data):
         raise FormatError(where, f"its directory has {len(data) - at} bytes after the last record")
     return out
 
 
-def _entry(data: bytes, at: int, where: str) -> tuple[_Entry, int]:
+def _entry(data: bytes, at: int, where: str, may_be_packed: bool) -> tuple[_Entry, int]:
     row = CENTRAL.unpack_from(data, at)
     _, _, _, flags, method, _, _, crc, packed, size, name_len, extra_len, comment_len, disk, _, _, header = row
     name_at = at + CENTRAL.size
@@ -172,16 +179,16 @@ def _entry(data: bytes, at: int, where: str) -> tuple[_Entry, int]:
         raise FormatError(f"{where}!{name}", "is encrypted")
     if flags & ~(HAS_DESCRIPTOR | UTF8):
         raise FormatError(f"{where}!{name}", f"has flags {flags:#06x}, which are not understood")
-    if method != 0:
+    if method != STORED and not (may_be_packed and method == DEFLATED):
         raise FormatError(
             f"{where}!{name}", f"is compressed (method {method}); torch reads stored records only, and so do we"
         )
     if MAX32 in (size, packed, header):
         extra = data[extra_at : extra_at + extra_len]
         size, packed, header = _wide(extra, (size, packed, header), f"{where}!{name}")
-    if packed != size or disk or (name.endswith("/") and size):
+    if (method == STORED and packed != size) or disk or (name.endswith("/") and size):
         raise FormatError(f"{where}!{name}", f"is stored, yet takes {packed} bytes for {size}")
-    return _Entry(raw, name, flags, crc, size, header, at), end
+    return _Entry(raw, name, flags, method, crc, packed, size, header, at), end
 
 
 def _name(raw: bytes, flags: int, where: str) -> str:
@@ -226,16 +233,16 @@ def _check_local(reader: HeaderReader, entry: _Entry, after: int) -> tuple[int, 
     magic, _, flags, method, _, _, crc, packed, size, name_len, extra_len = LOCAL.unpack_from(head)
     if magic != b"PK\3\4":
         raise FormatError(where, f"has no local header at {entry.header}")
-    if name_len != len(entry.raw) or not head.endswith(entry.raw) or flags != entry.flags or method != 0:
+    if name_len != len(entry.raw) or not head.endswith(entry.raw) or (flags, method) != (entry.flags, entry.method):
         raise FormatError(where, "its local header and the directory contradict each other (name, flags or method)")
     if MAX32 in (size, packed):
         extra = reader.read(entry.header + len(head), extra_len, "its extra fields")
         size, packed, _ = _wide(extra, (size, packed, 0), where)
     late = flags & HAS_DESCRIPTOR  # then the values may follow the data, and these be 0
-    if (crc, packed, size) != (entry.crc, entry.size, entry.size) and not (late and crc == packed == size == 0):
+    if (crc, packed, size) != (entry.crc, entry.held, entry.size) and not (late and crc == packed == size == 0):
         raise FormatError(where, "its local header and the directory contradict each other (sizes or CRC32)")
     begin: int = entry.header + len(head) + extra_len
-    end = begin + entry.size
+    end = begin + entry.held
     crc_at = [entry.header + LOCAL_CRC] if crc else []
     if late:
         crc_at.append(end + DESCRIPTOR_CRC)
@@ -250,6 +257,6 @@ def _check_descriptor(reader: HeaderReader, entry: _Entry, at: int, after: int) 
     form = DESCRIPTOR64 if after - at == DESCRIPTOR64.size else DESCRIPTOR
     if at + form.size <= after:
         values = form.unpack(reader.read(at, form.size, "its descriptor"))
-        if values == (b"PK\7\x08", entry.crc, entry.size, entry.size):
+        if values == (b"PK\7\x08", entry.crc, entry.held, entry.size):
             return form.size
     raise FormatError(f"{reader.where}!{entry.name}", "its data descriptor is missing or contradicts the directory")

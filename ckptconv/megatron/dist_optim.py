@@ -36,7 +36,7 @@ def attach(stored: Stored, contents: Contents, common: Dict[object, object], req
     """The checkpoint with its optimizer state."""
     _refuse_unknown(contents, where)
     extras, weights = stored.extras, stored.ranks[Rank()]
-    found, copies = _by_name(contents), list[Replica]()
+    found, copies = by_name(contents), list[Replica]()
     if not found:
         args = extras.objects.get("args")
         dialects = {local: chosen("mcore-local" if local else "mcore", request.mappings) for local in (False, True)}
@@ -54,7 +54,7 @@ def attach(stored: Stored, contents: Contents, common: Dict[object, object], req
     )
 
 
-def _by_name(contents: Contents) -> Slots:
+def by_name(contents: Contents) -> Slots:
     """Slots that are whole tensors already, under names made of those of the model's."""
     keys = {key: Key(match["name"], FILED[match[1]]) for key in contents.shapes if (match := _SLOT.fullmatch(key))}
     return {keys[key]: tensor for key, tensor in contents.tensors(list(keys)).items()}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,7 +23,6 @@ class Case:
     layout: Layout
     forms: tuple[str, ...] = (FULLY, BUCKETS, ZERO)
     bf16: bool = True
-    over: dict[str, Any] = field(default_factory=dict)
 
 
 CASES = {
@@ -32,9 +30,9 @@ CASES = {
     "tied": Case(
         "llama-tied", Layout(pp=2, dp=2)
     ),  # the first and last stage keep the embedding in a bucket of its own
-    "virtual": Case("qwen2", Layout(tp=2, pp=2, vpp=2), (BUCKETS,)),
-    "experts": Case("mixtral", Layout(pp=2, ep=2), bf16=False),  # an optimizer of their own: chained
-    "experts-together": Case("mixtral", Layout(pp=2, dp=2), (FULLY, ZERO)),
+    "virtual": Case("qwen2", Layout(tp=2, pp=2, vpp=2), (FULLY, BUCKETS)),
+    "experts": Case("mixtral", Layout(pp=2, ep=2)),  # an optimizer of their own: chained
+    "experts-together": Case("mixtral", Layout(pp=2, dp=2), (FULLY, ZERO), bf16=False),
     "plain": Case("llama", Layout(tp=2, pp=2), (PLAIN,)),
     "plain-fp32": Case("llama-tied", Layout(pp=2), (PLAIN,), bf16=False),
     "plain-experts": Case("mixtral", Layout(ep=2), (PLAIN,)),
@@ -64,7 +62,7 @@ def trained(hf: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, r
         if name not in made:
             case, folder = CASES[name], tmp_path_factory.mktemp(name)
             places = {form: folder / form for form in case.forms}
-            run = Run(hf(case.kind, **case.over), case.layout, case.bf16, PLAIN not in case.forms)
+            run = Run(hf(case.kind), case.layout, case.bf16, PLAIN not in case.forms)
             made[name] = Trained(run, _train(request, name, run, places), places)
         return made[name]
 

@@ -15,7 +15,7 @@ from ckptconv.mapping_files import chosen
 from ckptconv.megatron import hf_beside
 from ckptconv.megatron.dist_loading import ZARR, backend
 from ckptconv.megatron.saving import vocab_rows
-from ckptconv.megatron.versions import LOCAL, TE
+from ckptconv.megatron.versions import LOCAL, PORTABLE_TE, TE, show
 from ckptconv.nemo import context, context_write, distributed, folder_write, saving, tokenizer_files
 from ckptconv.nemo.run_state import refuse_unfinished
 from ckptconv.plan import Plan
@@ -44,7 +44,8 @@ class Nemo2Save:
         default=TE, metadata={"help": "modules that load it: decides the _extra_state entries", "choices": (TE, LOCAL)}
     )
     te_version: str = field(
-        default="1.11", metadata={"help": "TransformerEngine that loads them: decides the kind of _extra_state"}
+        default=show(PORTABLE_TE),
+        metadata={"help": "TransformerEngine that loads them: decides the kind of _extra_state"},
     )
     tokenizer: Path | None = field(
         default=None,
@@ -83,7 +84,8 @@ class Nemo2:
         if told is None:
             return stored
         objects = {**stored.extras.objects, self.name: told.raw}
-        extras = replace(stored.extras, files={**told.files, **stored.extras.files}, objects=objects)
+        notes = (*(told.notes if said is not None else ()), *stored.extras.notes)
+        extras = replace(stored.extras, files={**told.files, **stored.extras.files}, objects=objects, notes=notes)
         return replace(stored, config=replace(stored.config, dtype=told.dtype), extras=extras)
 
     def storage(self, path: Path, request: Request) -> dict[str, object]:

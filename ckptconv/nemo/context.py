@@ -81,6 +81,17 @@ class Context:
         return None
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What may not be meant as it is said."""
+        match self.raw.get("window_size"):
+            case [int() as before, _]:
+                return (
+                    f"{self.where}: window_size lets a token see itself and {before} before it; NeMo's importers write the "
+                    f"sliding_window of Hugging Face there, which counts the token too (the model may have had {before})",
+                )
+        return ()
+
+    @property
     def vocabulary(self) -> int | None:
         """The true size: what the model was made for whatever its tokenizer, else the tokens there are, else unknown."""
         preset = self.raw.get("vocab_size")

@@ -14,7 +14,7 @@ from ckptconv.megatron.dist_objects import objects
 from ckptconv.megatron.dist_saving import Filing, layout, telling
 from ckptconv.megatron.extra_state import ExtraState
 from ckptconv.megatron.saving import final_file
-from ckptconv.megatron.versions import OLDEST, Core, te_version
+from ckptconv.megatron.versions import NEWEST, Core, te_version
 from ckptconv.nemo import context_write
 from ckptconv.nemo.names import NEMO2
 from ckptconv.plan import File, Plan, Segment
@@ -30,7 +30,7 @@ def save(stored: Stored, divisor: int, tokenizer: Dict[str, Source], te: str | N
         raise ConfigError(f"optimizer state ({', '.join(slots)}) cannot be written yet: --optimizer drop leaves it out")
     stacked = "l" in stored.mapping.stack
     filing = Filing()
-    extra = ExtraState(Core(OLDEST), te_version(te) if te is not None else None, "sequential")
+    extra = ExtraState(Core(NEWEST), te_version(te) if te is not None else None, "sequential")
     entries = {NEMO2 + key: value for key, value in objects(stored.config, extra, stacked=stacked).items()}
     named = {NEMO2 + key.name: tensor for key, tensor in tensors.items()}
     places = context_write.tokenizer_places(tokenizer)

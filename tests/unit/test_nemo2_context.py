@@ -144,6 +144,13 @@ def test_llama3_scaling_goes_into_the_class_that_applies_it() -> None:
         context_write.refuse_inexpressible(replace(scaled, family="hf-qwen2"))
 
 
+def test_a_window_counts_the_tokens_before_this_one(tmp_path: Path) -> None:
+    """As Megatron-Core's attention takes it: (left, right). NeMo's importer forgets the token itself, which is told."""
+    assert written(replace(CONFIG, sliding_window=4096))["config"]["window_size"] == [4095, 0]
+    assert "the model may have had 4096" in read_golden("mistral", tmp_path).notes[0]
+    assert read_golden("mixtral", tmp_path).notes == ()
+
+
 def test_other_models_are_refused(tmp_path: Path) -> None:
     found = read_golden("llama_spm", tmp_path)
     for change, message in (

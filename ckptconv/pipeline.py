@@ -112,7 +112,7 @@ def prepare_from(job: Job, loader: Format, checkpoint: Checkpoint, root: str) ->
     """The same for a checkpoint that is open already; sources are told relative to `root`."""
     request = job.request()
     saver = loader if job.saver is None else get_format(job.saver)
-    _refuse_losing_state(checkpoint, job.optimizer, saver.name)
+    checkpoint = _without_state(checkpoint, job.optimizer, saver.name)
     _refuse_other_iteration(checkpoint, job.iteration)
     options = make_options(saver.Save, job.saver_options, "saver", saver.name)
     checkpoint = passes.cast(checkpoint, job.dtype, _mapping_of(checkpoint, request))
@@ -183,7 +183,8 @@ def _takes_training(job: Job) -> bool:
     return job.optimizer == "keep" and (job.saver is None or isinstance(get_format(job.saver), Training))
 
 
-def _refuse_losing_state(checkpoint: Checkpoint, optimizer: str, saver: str) -> None:
+def _without_state(checkpoint: Checkpoint, optimizer: str, saver: str) -> Checkpoint:
+    """Training state that is not taken along is given up on purpose only, and then named in the manifest."""
     state = checkpoint.extras.state
     if state and optimizer == "keep":
         listed = "".join(f"\n  {item}" for item in state)
@@ -191,6 +192,10 @@ def _refuse_losing_state(checkpoint: Checkpoint, optimizer: str, saver: str) -> 
             f"the source holds training state, which {saver} files of ours cannot carry over:{listed}\n"
             "Give --optimizer drop to convert the weights alone and lose it."
         )
+    if not state:
+        return checkpoint
+    notes = (*checkpoint.extras.notes, f"given up (--optimizer drop): {', '.join(state)}")
+    return replace(checkpoint, extras=replace(checkpoint.extras, notes=notes))
 
 
 def _refuse_other_iteration(checkpoint: Checkpoint, wanted: int | str | None) -> None:

@@ -22,7 +22,7 @@ from ckptconv.megatron.extra_state import NAME as EXTRA_STATE
 from ckptconv.megatron.extra_state import ExtraState
 from ckptconv.megatron.folders import FILES, HF, OPTIMIZER_FILES, RELEASE, TRACKER, iteration_name, rank_name
 from ckptconv.megatron.grid import Process
-from ckptconv.megatron.optimizer.writing import Filing, Writer, keeps_rng
+from ckptconv.megatron.optimizer.writing import Filing, Writer, keeps_rng, left_out
 from ckptconv.megatron.towers import with_extra_state
 from ckptconv.megatron.versions import Core, show
 from ckptconv.plan import File, Plan, Segment
@@ -97,7 +97,10 @@ def save(stored: Stored, wanted: int | str | None, request: Request, form: Form)
     about: dict[str, object] = {
         "iteration": step,
         "mcore_version": show(form.core.version),
-        "format_notes": list(notes(stored.config, form.core, legacy=form.legacy)),
+        "format_notes": [
+            *notes(stored.config, form.core, legacy=form.legacy),
+            *left_out(stored.extras.training, stored.topology),
+        ],
     }
     return Plan(tuple(files), about=about)
 

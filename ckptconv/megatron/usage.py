@@ -7,6 +7,7 @@ from shlex import quote
 from ckptconv.checkpoint import Stored
 from ckptconv.megatron.args_table import layer_freq, whole
 from ckptconv.megatron.args_write import notes
+from ckptconv.megatron.optimizer.writing import left_out
 from ckptconv.megatron.saving import DIVISOR, Form, vocab_rows
 from ckptconv.megatron.stages import pipeline_args
 from ckptconv.megatron.versions import Core
@@ -31,7 +32,8 @@ def usage(stored: Stored, dst: str, form: Form) -> str:
     flags = [*_files(stored, dst, form), *layout, *_model(stored), *_experts(stored, form)]
     lines = [f"Megatron-LM flags ({'pretrain_gpt.py --use-legacy-models' if form.legacy else 'pretrain_gpt.py'}):"]
     lines += [f"  {flag}" for flag in flags]
-    lines += [f"note: {note}" for note in notes(stored.config, form.core, legacy=form.legacy)]
+    said = (*notes(stored.config, form.core, legacy=form.legacy), *left_out(stored.extras.training, stored.topology))
+    lines += [f"note: {note}" for note in said]
     return "\n".join(lines)
 
 

@@ -138,6 +138,8 @@ def test_generators_stay_with_their_processes_alone(golden: Path, tmp_path: Path
     assert kept["args"].no_save_rng is False
     assert kept["args"].use_distributed_optimizer is False
     other = read(converted(golden, tmp_path / "other", tp=1))
+    (note,) = json.loads((tmp_path / "other" / "ckptconv.json").read_text())["about"]["format_notes"]
+    assert "--no-load-rng" in note
     assert "rng_state" not in other
     assert other["args"].no_save_rng is True
     assert other["args"].no_save_optim is False

@@ -152,6 +152,15 @@ class Writer:
         return slots
 
 
+def left_out(training: TrainingState | None, topology: Topology) -> tuple[str, ...]:
+    """What of the training state a run will not find."""
+    if training is None or not training.rng or keeps_rng(training, topology):
+        return ()
+    return (
+        "states of random-number generators belong to processes, and these are others: --no-load-rng has Megatron seed them",
+    )
+
+
 def keeps_rng(training: TrainingState, topology: Topology) -> bool:
     """Random-number generators belong to processes: to other processes they say nothing."""
     return bool(training.rng) and training.rng.keys() == set(topology.processes())

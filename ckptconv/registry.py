@@ -24,6 +24,7 @@ BUILT_IN = {
     "nemo": "ckptconv.formats.nemo:Nemo",
     "nemo2": "ckptconv.formats.nemo2:Nemo2",
     "lightning": "ckptconv.formats.lightning:Lightning",
+    "openai-clip": "ckptconv.formats.openai_clip:OpenaiClip",
     "dcp": "ckptconv.formats.dcp:Dcp",
 }
 

@@ -31,7 +31,7 @@ canonicalize localize dialect passes parts tower_passes
 containers
 formats
 huggingface
-formats.hf
+formats.hf formats.openai_clip
 megatron
 nemo
 formats.mcore formats.legacy

@@ -18,8 +18,9 @@ from ckptconv.containers.dcp_metadata import NAME as METADATA
 from ckptconv.containers.folder import inside
 from ckptconv.dialect import detect, prefix_of
 from ckptconv.dtypes import UINT8
-from ckptconv.errors import CkptconvError, ConfigError, TopologyError, UsageError
+from ckptconv.errors import CkptconvError, ConfigError, UsageError
 from ckptconv.formats import Request
+from ckptconv.formats.whole import refuse_more
 from ckptconv.huggingface.config_codecs import Table
 from ckptconv.huggingface.family_config import (
     USAGE,
@@ -56,15 +57,23 @@ from ckptconv.tower_passes import vision_tower
 
 ALONE = ("", "vision_model.", "radio_model.")  # prefixes that the classes of vision towers read
 SHARD_FLAG = "--saver.max-shard-size"
-UNTRUSTED = (
-    "rope_theta (converters of Megatron-LM save 10000 for every model)",
-    "rope_scaling",
-    "rms_norm_eps",
-    "max_position_embeddings",
+UNTRUSTED = {  # what arguments and shapes do not tell for certain, by kind of model
+    "text": (
+        "rope_theta (converters of Megatron-LM save 10000 for every model)",
+        "rope_scaling",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "sliding_window",
+        "bos_token_id, eos_token_id, pad_token_id",
+    ),
+    "vision": ("hidden_act", "layer_norm_eps"),
+}
+SETTINGS = (
+    "rope",
+    "norm_eps",
+    "max_positions",
     "sliding_window",
-    "bos_token_id, eos_token_id, pad_token_id",
-)
-SETTINGS = ("rope", "norm_eps", "max_positions", "sliding_window")  # the fields that UNTRUSTED is about
+)  # the fields that UNTRUSTED is about, of a language model
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,15 +150,7 @@ class Hf:
     def target(self, checkpoint: Checkpoint, topology: Topology, options: HfSave, request: Request) -> Target:
         config = checkpoint.config
         parse_size(options.max_shard_size, SHARD_FLAG)
-        if request.vocab_divisor is not None:
-            raise UsageError(
-                "--make-vocab-size-divisible-by: Hugging Face files hold the true vocabulary, without padding"
-            )
-        if any(topology.degree(d) != 1 for d in ("tp", "pp", "vpp", "ep", "etp")):
-            raise TopologyError("Hugging Face files hold whole tensors: no --tp, --pp, --vpp, --ep or --etp for them")
-        if slots := sorted({k.slot for k in checkpoint.tensors} - {"param"}):
-            state = ", ".join(slots)
-            raise ConfigError(f"Hugging Face files have no place for {state}; --optimizer drop leaves it out")
+        refuse_more(checkpoint, topology, request, "Hugging Face")
         mapping = chosen(_family(config, options, request), request.mappings)
         config, donor = self._completed(checkpoint, mapping, options, request)
         check_fits(config, mapping)
@@ -302,14 +303,15 @@ def _start(stored: Stored, options: HfSave, request: Request) -> _Start:
     beside = stored.extras.objects.get("hf_config")
     if isinstance(beside, dict):
         return _Start(_checked(beside, "the hf/ folder of the source", stored, request), None, files)
+    untrusted = UNTRUSTED.get(stored.config.kind, ())
     if not entries(stored.mapping):
         return _Start(None, None, files)
     if options.config_from_args and request.family is not None:
-        return _Start(None, None, files, UNTRUSTED)
+        return _Start(None, None, files, untrusted)
     raise ConfigError(
         "the source says nothing of a Hugging Face config.json: give --saver.template FOLDER (a Hugging Face folder of "
         "the same model), or --saver.config-from-args with --family NAME to make one from the checkpoint's arguments, "
-        f"which do not tell these for certain: {'; '.join(UNTRUSTED)}"
+        f"which do not tell these for certain: {'; '.join(untrusted)}"
     )
 
 

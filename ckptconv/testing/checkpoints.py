@@ -58,11 +58,26 @@ MODELS: dict[str, dict[str, Any]] = {
         "sliding_window": None,
     },
 }
+TOWERS: dict[str, dict[str, Any]] = {  # for formats that hold no language model
+    "clip": {
+        "architectures": ["CLIPVisionModelWithProjection"],
+        "hidden_act": "quick_gelu",
+        "hidden_size": 128,
+        "image_size": 20,
+        "intermediate_size": 48,
+        "layer_norm_eps": 1e-5,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 2,
+        "num_hidden_layers": 4,
+        "patch_size": 4,
+        "projection_dim": 24,
+    },
+}
 
 
 def config_of(model: str, **over: Any) -> dict[str, Any]:
-    """The config.json of one of MODELS, with entries changed."""
-    return {**COMMON, **MODELS[model], **over}
+    """The config.json of one of MODELS or TOWERS, with entries changed."""
+    return {**(TOWERS[model] if model in TOWERS else {**COMMON, **MODELS[model]}), **over}
 
 
 def write_hf(

@@ -19,7 +19,7 @@ Degrees = dict[str, int]
 class FormatBase:
     """`format` must be given; the rest says what the format can hold, and is tested to be true.
 
-    models      names of `ckptconv.testing.checkpoints.MODELS` that the format must hold
+    models      names of `ckptconv.testing.checkpoints.MODELS` (or TOWERS) that the format must hold; the first is tried most
     topologies  layouts it must hold, as degrees; {} is one rank with everything. `ep` is only used for models with experts
     refuses     layouts it must refuse
     options     sets of --saver options (as typed) that must each hold every model
@@ -35,7 +35,7 @@ class FormatBase:
 
     @pytest.fixture
     def bench(self, tmp_path: Path) -> Bench:
-        return Bench(self.format, tmp_path)
+        return Bench(self.format, tmp_path, self.models[0])
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """`model` and `topology` are spread over what was declared, `largest` and `refused` over layouts alone."""
@@ -45,7 +45,7 @@ class FormatBase:
         elif "model" in wanted:
             metafunc.parametrize("model", self.models)
         elif "topology" in wanted:
-            fitting = [t for t in self.topologies if _fits("llama", t)]
+            fitting = [t for t in self.topologies if _fits(self.models[0], t)]
             metafunc.parametrize("topology", fitting, ids=_name)
         if "refused" in wanted:
             metafunc.parametrize("refused", self.refuses, ids=_name)

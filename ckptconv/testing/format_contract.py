@@ -21,6 +21,7 @@ from ckptconv.registry import BUILT_IN, CHOICES, formats, make_options
 from ckptconv.testing.checkpoints import WEIGHTS
 from ckptconv.testing.damage_contract import DamageContract
 from ckptconv.testing.workbench import (
+    NO_LANGUAGE_MODELS,
     Bench,
     StopAfter,
     Stopped,
@@ -115,7 +116,7 @@ class FormatContract(DamageContract):
         for name, other in self._others():
             if isinstance(other, ReadOnly):
                 continue  # nobody but its own tests can write one
-            theirs = Bench(other, bench.folder / name)
+            theirs = Bench(other, bench.folder / name, NO_LANGUAGE_MODELS.get(name, "llama"))
             folder = theirs.write(theirs.stored(theirs.source(), {}))
             assert self.format.sniff(folder) is False, f"it takes {name} folders for its own"
 

@@ -51,17 +51,21 @@ def degrees(layers: int, wanted: dict[str, int]) -> Topology:
     return layout_from({**wanted}).topology(layers, Topology(), keep=False)
 
 
+NO_LANGUAGE_MODELS = {"openai-clip": "clip"}  # formats of ours that hold others -> one of those
+
+
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """A format and a folder to work in."""
+    """A format, a folder to work in, and the model that is used where none is asked for."""
 
     format: Format
     folder: Path
+    model: str = "llama"
 
-    def source(self, model: str = "llama", *, dtype: str = "bf16", sparse: bool = False, **over: Any) -> Checkpoint:
+    def source(self, model: str | None = None, *, dtype: str = "bf16", sparse: bool = False, **over: Any) -> Checkpoint:
         """A tiny model as if it had been loaded from Hugging Face files."""
         folder = self.folder / "source"
-        write_hf(folder, model, dtype=dtype, sparse=sparse, **over)
+        write_hf(folder, model or self.model, dtype=dtype, sparse=sparse, **over)
         return canonicalize(Hf().load(folder, HfLoad(), Request()))
 
     def stored(

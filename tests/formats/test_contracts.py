@@ -12,6 +12,7 @@ from ckptconv.formats.legacy import Legacy
 from ckptconv.formats.mcore import Mcore
 from ckptconv.formats.mcore_dist import McoreDist
 from ckptconv.formats.nemo import Nemo
+from ckptconv.formats.openai_clip import OpenaiClip
 from ckptconv.mapping_files import mapping_paths
 from ckptconv.registry import BUILT_IN, formats
 from ckptconv.testing import FormatContract, MappingContract
@@ -70,6 +71,15 @@ class TestNemo(FormatContract):
     to_hf = False  # a Hugging Face family cannot be told from an archive
 
 
+class TestOpenaiClip(FormatContract):
+    """Its heads are 64 wide, as in all that OpenAI has published."""
+
+    format = OpenaiClip()
+    models = ("clip",)
+    refuses = ({"tp": 2}, {"pp": 2}, {"ep": 2})
+    to_hf = False  # without config.json
+
+
 ALIKE = tuple(name for name, config in SHAPES.items() if config.kind == "text" and name != "moe-some-layers")
 TOWERS = {
     "shapes": tuple(name for name, config in SHAPES.items() if config.kind == "vision"),
@@ -89,6 +99,7 @@ MAPPINGS: dict[str, dict[str, Any]] = {
         "refuses": ("tp8",),
         "told_by_names": False,
     },
+    "openai-clip": {"shapes": ("clip", "clip-projected"), "layouts": ("whole",)},
     "nemo-mcore": {"layouts": ("whole", "tp2", "tp4-ep2-etp1")},
     "nemo-mcore-local": {"layouts": ("whole", "tp2", "tp4-ep2-etp1")},
 }
@@ -100,7 +111,7 @@ for _name in mapping_paths():
 
 
 def test_every_built_in_format_has_its_contract() -> None:
-    held = {c.format.name for c in (TestHf, TestMcore, TestMcoreDist, TestLegacy, TestNemo)}
+    held = {c.format.name for c in (TestHf, TestMcore, TestMcoreDist, TestLegacy, TestNemo, TestOpenaiClip)}
     read_only = {name for name, (_, fmt) in formats().items() if isinstance(fmt, ReadOnly)}
     assert read_only == {"dcp"}, "what is only read has tests of its own: test_dcp_format.py"
     assert (

@@ -86,7 +86,7 @@ def test_tower_with_the_prefix_of_a_larger_model_is_written_for_its_own_class(tm
 
 @pytest.mark.parametrize("source", ["clip/src_hf", "siglip/src", "internvit/src", "radio_g/src"])
 def test_every_tensor_comes_back_as_it_was(source: str, tmp_path: Path) -> None:
-    family = {"family": "radio-g"} if "radio" in source else {}
+    family: dict[str, Any] = {"family": "radio-g"} if "radio" in source else {}
     convert(GOLDEN / source, tmp_path / "dst", saver="hf", **family)
     before, after = (load_file(folder / WEIGHTS) for folder in (GOLDEN / source, tmp_path / "dst"))
     named = {name.removeprefix("vision_tower."): value for name, value in before.items() if "conditioner" not in name}

@@ -13,19 +13,18 @@ from ckptconv.dialect import detect
 from ckptconv.errors import FormatError, UsageError
 from ckptconv.formats import Request
 from ckptconv.mapping_files import chosen
-from ckptconv.megatron import dist_optim, hf_beside
+from ckptconv.megatron import dist_optim, extra_state, hf_beside
 from ckptconv.megatron.architecture import Evidence, resolve
 from ckptconv.megatron.args_read import Statement, statement
 from ckptconv.megatron.dist_keys import is_separate, measure_whole, sort_keys
 from ckptconv.megatron.folders import open_distributed
-from ckptconv.megatron.rank_file import KNOWN, NOTHING_SAVED, args_of, size_of, state_of, step_of
+from ckptconv.megatron.rank_file import KNOWN, args_of, state_of, step_of
 from ckptconv.tensor import Shape, Tensor
 from ckptconv.topology import Rank, even
 
 COMMON, TELLING = "common.pt", "metadata.json"
 COMMON_STATE = "common_state/shard_0_1"
 TORCH_DIST, ZARR = "torch_dist", "zarr"
-BLOB = 2048  # bytes; a blob with nothing in it takes 1.1 to 1.5 kB
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +92,8 @@ def from_whole(
     forms = [chosen(form, request.mappings) for form in FORMS[is_separate(keys.model)]]
     mapping, variant = detect(forms, architecture, topology, ranks)
     strays = [*keys.strays, *contents.unused]
-    if any(contents.objects[key] > BLOB and _holds_something(contents.value(key)) for key in keys.extra):
-        strays.append("_extra_state with contents (fp8 scaling factors)")
+    by_size = {contents.objects[key]: key for key in keys.extra}  # what says nothing is as long in every layer
+    strays += extra_state.contents(contents.value(key) for key in by_size.values())
     notes += (*overruled, *((f"left behind: {', '.join(strays)}",) if strays else ()))
     extras = Extras(files=beside.files, notes=notes, objects={"state": list(keys.state)})
     return Stored(format_name, mapping, variant, topology, architecture, ranks, {Rank(): Path(where).name}, extras)
@@ -149,8 +148,3 @@ def _common(folder: Path, contents: Contents) -> tuple[dict[object, object], str
     if not isinstance(saved, dict):
         raise FormatError(folder / place, f"holds a {type(saved).__name__}, expected a dictionary")
     return saved, place
-
-
-def _holds_something(saved: object) -> bool:
-    value = saved[0] if isinstance(saved, list) and len(saved) == 1 else saved
-    return size_of(value) > NOTHING_SAVED

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckptconv.containers import torch_file
-from ckptconv.containers.pickled import Namespace, Opaque, bytes_of
+from ckptconv.containers.pickled import Namespace
 from ckptconv.errors import FormatError
+from ckptconv.megatron import extra_state
 from ckptconv.megatron.folders import RankFile
 from ckptconv.tensor import Tensor
 
 _CHUNK = re.compile(r"model(\d{0,3})")
 MAX_DEPTH = 16
-NOTHING_SAVED = 2048  # bytes; None saved with torch.save takes 1.3 kB
 TRAINING = ("optimizer", "opt_param_scheduler", "lr_scheduler", "rng_state")
 FLAT_RNG = (
     "random_rng_state",
@@ -64,7 +64,11 @@ def read_rank(file: RankFile, check: bool, rename: Callable[[str], str]) -> Rank
         tuple(state_of(saved)),
         (
             *sorted(str(k)[:60] for k in saved if k not in KNOWN and not _CHUNK.fullmatch(str(k))),
-            *(word for key in _chunk_keys(saved, file) for word in _scaling(saved[key], f"{file.path}: {key}")),
+            *(
+                word
+                for key in _chunk_keys(saved, file)
+                for word in extra_state.contents(_extra(saved[key], f"{file.path}: {key}"))
+            ),
         ),
         _training(saved),
     )
@@ -109,19 +113,10 @@ def model_tensors(model: object, rename: Callable[[str], str], where: str) -> di
     return tensors
 
 
-def _scaling(model: object, where: str) -> Iterator[str]:
-    """A word for `_extra_state` entries that hold something: scaling factors of fp8 training, for which there is no place."""
-    for name, value in _flat(model, "", 0, where) if isinstance(model, dict) else ():
-        if name.endswith("_extra_state") and size_of(value) > NOTHING_SAVED:
-            yield "_extra_state with contents (fp8 scaling factors)"
-            return
-
-
-def size_of(value: object) -> int:
-    """How much an `_extra_state` entry holds."""
-    if isinstance(value, Tensor):
-        return value.nbytes
-    return len(bytes_of(value) or b"") if isinstance(value, Opaque) else 0
+def _extra(model: object, where: str) -> Iterator[object]:
+    """The `_extra_state` entries of a chunk."""
+    flat = _flat(model, "", 0, where) if isinstance(model, dict) else ()
+    return (value for name, value in flat if name.endswith(extra_state.NAME))
 
 
 def _flat(table: dict[object, object], prefix: str, depth: int, where: str) -> Iterator[tuple[str, object]]:

@@ -252,9 +252,9 @@ def test_usage_says_the_padding_that_gives_these_rows(tmp_path: Path) -> None:
     assert "--make-vocab-size-divisible-by 38" in usage
 
 
-@pytest.mark.parametrize(("nbytes", "told"), [(0, False), (8, False), (4096, True)])
+@pytest.mark.parametrize(("nbytes", "told"), [(0, False), (8, True), (4096, True)])
 def test_contents_of_extra_state_are_not_left_behind_silently(tmp_path: Path, nbytes: int, told: bool) -> None:
-    """fp8 training keeps scaling factors there; None takes a few bytes."""
+    """fp8 training keeps scaling factors there; that is told however few bytes it takes."""
     path = tmp_path / "model_optim_rng.pt"
     state = {"decoder.layers.0.mlp.linear_fc1._extra_state": torch.zeros(nbytes, dtype=torch.uint8)}
     torch.save({"model": {"w": torch.zeros(2), **state}}, path)

@@ -85,10 +85,11 @@ class Context:
         """What may not be meant as it is said."""
         match self.raw.get("window_size"):
             case [int() as before, _]:
-                return (
+                note = (
                     f"{self.where}: window_size lets a token see itself and {before} before it; NeMo's importers write the "
-                    f"sliding_window of Hugging Face there, which counts the token too (the model may have had {before})",
+                    f"sliding_window of Hugging Face there, which counts the token too (the model may have had {before})"
                 )
+                return (note,)
         return ()
 
     @property

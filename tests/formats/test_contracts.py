@@ -12,6 +12,7 @@ from ckptconv.formats.legacy import Legacy
 from ckptconv.formats.mcore import Mcore
 from ckptconv.formats.mcore_dist import McoreDist
 from ckptconv.formats.nemo import Nemo
+from ckptconv.formats.nemo2 import Nemo2
 from ckptconv.formats.openai_clip import OpenaiClip
 from ckptconv.mapping_files import mapping_paths
 from ckptconv.registry import BUILT_IN, formats
@@ -71,6 +72,14 @@ class TestNemo(FormatContract):
     to_hf = False  # a Hugging Face family cannot be told from an archive
 
 
+class TestNemo2(FormatContract):
+    format = Nemo2()
+    models = ("llama", "llama-tied", "qwen2", "qwen3", "mixtral")
+    refuses = ({"tp": 2}, {"pp": 2}, {"ep": 2})
+    options = ({}, {"transformer-impl": "local"}, {"te-version": "1.11"})
+    to_hf = False  # what a config.json says besides is not in a context
+
+
 class TestOpenaiClip(FormatContract):
     """Its heads are 64 wide, as in all that OpenAI has published."""
 
@@ -111,9 +120,9 @@ for _name in mapping_paths():
 
 
 def test_every_built_in_format_has_its_contract() -> None:
-    held = {c.format.name for c in (TestHf, TestMcore, TestMcoreDist, TestLegacy, TestNemo, TestOpenaiClip)}
+    held = {c.format.name for c in (TestHf, TestMcore, TestMcoreDist, TestLegacy, TestNemo, TestNemo2, TestOpenaiClip)}
     read_only = {name for name, (_, fmt) in formats().items() if isinstance(fmt, ReadOnly)}
-    assert read_only == {"dcp"}, "what is only read has tests of its own: test_dcp_format.py"
+    assert read_only == {"dcp", "lightning"}, "what is only read has tests of its own: test_dcp_format.py, tests/nemo2"
     assert (
         held | read_only == set(BUILT_IN) == {name for name, (origin, _) in formats().items() if origin == "built-in"}
     )

@@ -15,6 +15,7 @@ from ckptconv.dtypes import FP32
 from ckptconv.errors import ConfigError
 from ckptconv.leaves import full
 from ckptconv.megatron.optimizer.members import Settings, has_decay
+from ckptconv.megatron.optimizer.writing import keeps_rng
 from ckptconv.megatron.saving import carried
 from ckptconv.megatron.versions import Core, show
 from ckptconv.nodes import Fill
@@ -82,6 +83,16 @@ def common(stored: Stored, training: TrainingState, filing: Filing) -> dict[obje
     chain = [_entry(stored, training, filing, experts=e) for e in ((False, True) if filing.experts_apart else (False,))]
     optimizer: dict[object, object] = dict(enumerate(chain)) if len(chain) > 1 else chain[0]
     return {"optimizer": optimizer, **({"opt_param_scheduler": training.scheduler} if training.scheduler else {})}
+
+
+def generators(stored: Stored) -> dict[str, object]:
+    """The objects of random-number generators, where the layout is that of the source: one process."""
+    training, topology = stored.extras.training, stored.topology
+    if training is None or not keeps_rng(training, topology):
+        return {}
+    return {
+        f"rng_state/shard_{pp}.{tp}_{topology.pp}.{topology.tp}": state for (pp, tp, _), state in training.rng.items()
+    }
 
 
 def _entry(stored: Stored, training: TrainingState, filing: Filing, *, experts: bool) -> dict[object, object]:

@@ -21,6 +21,7 @@ from ckptconv.megatron.args_write import notes, write_args
 from ckptconv.megatron.dist_loading import COMMON, TELLING, TORCH_DIST, ZARR
 from ckptconv.megatron.dist_objects import objects
 from ckptconv.megatron.folders import RELEASE, TRACKER, iteration_name
+from ckptconv.megatron.optimizer.writing import left_out
 from ckptconv.megatron.saving import (
     CHECKPOINT_VERSION,
     Form,
@@ -63,7 +64,7 @@ def save(stored: Stored, step: int | str | None, request: Request, form: Form, f
     folder = iteration_name(number)
     stacked = "l" in stored.mapping.stack
     training = _training(stored, form, filing)
-    entries = objects(stored.config, form.extra, stacked=stacked)
+    entries = {**objects(stored.config, form.extra, stacked=stacked), **dist_optim_write.generators(stored)}
     whole = {key.name: tensor for key, tensor in tensors.items() if key.slot == "param"}
     if training:
         whole |= dist_optim_write.tensors(tensors, training)
@@ -81,7 +82,10 @@ def save(stored: Stored, step: int | str | None, request: Request, form: Form, f
     about: dict[str, object] = {
         "iteration": number,
         "mcore_version": show(form.core.version),
-        "format_notes": list(notes(stored.config, form.core, legacy=False)),
+        "format_notes": [
+            *notes(stored.config, form.core, legacy=False),
+            *left_out(stored.extras.training, stored.topology),
+        ],
     }
     return Plan(tuple(plan), about=about)
 

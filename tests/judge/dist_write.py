@@ -104,11 +104,11 @@ def _beside(config: dict[str, Any], spec: Spec, layout: Layout, form: Form) -> S
     if form.args:
         found["args"] = megatron_args(config, spec, layout, form)
     if form.rng:
-        found["rng_state"] = _rng_state()
+        found["rng_state"] = rng_state()
     return found
 
 
-def _rng_state() -> Any:
+def rng_state() -> Any:
     from megatron.core import parallel_state as ps
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 

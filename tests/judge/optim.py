@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tests.judge.dist import State, read_common
-from tests.judge.dist_write import Form, megatron_args
+from tests.judge.dist_write import Form, megatron_args, rng_state
 from tests.judge.fill import Tensors, filled, read_whole
 from tests.judge.judge import iteration_folder, named
 from tests.judge.models import build
@@ -85,6 +86,19 @@ def resume(run: Run, folder: Path) -> list[Step]:
     return _ranks(run.layout, job)[0]
 
 
+def generators(layout: Layout, folder: Path) -> list[Any]:
+    """What each rank would set its random-number generators to, as Megatron-Core reads it."""
+    saved = iteration_folder(folder)
+
+    def job() -> Any:
+        from megatron.core import dist_checkpointing
+
+        (states,) = dist_checkpointing.load({"rng_state": rng_state()}, str(saved))["rng_state"]
+        return {k: v.tolist() if isinstance(v, torch.Tensor) else pickle.dumps(v) for k, v in states.items()}
+
+    return run_ranks(layout, job)
+
+
 def _ranks(layout: Layout, job: Any) -> list[list[Step]]:
     prepare()
     import megatron.core.distributed
@@ -155,7 +169,7 @@ class Trainer:
         args.transformer_impl = (
             "local"  # flat buffers are in the order of the modules, whatever their tensors are called
         )
-        beside: State = {"args": args, "checkpoint_version": 3.0, "iteration": SAVED_AT}
+        beside: State = {"args": args, "checkpoint_version": 3.0, "iteration": SAVED_AT, "rng_state": rng_state()}
         beside["opt_param_scheduler"] = self.scheduler.state_dict()
         state = {**self.state(said, loading=False), **beside}
         dist_checkpointing.save(state, str(folder), **({"content_metadata": said} if _tells() else {}))

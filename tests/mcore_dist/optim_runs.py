@@ -35,6 +35,7 @@ CASES = {
     "experts-together": Case("mixtral", Layout(pp=2, dp=2), (FULLY, ZERO), bf16=False),
     "plain": Case("llama", Layout(tp=2, pp=2), (PLAIN,)),
     "plain-fp32": Case("llama-tied", Layout(pp=2), (PLAIN,), bf16=False),
+    "alone": Case("llama", Layout(), (FULLY,)),
     "plain-experts": Case("mixtral", Layout(ep=2), (PLAIN,)),
     "old": Case("llama", Layout(tp=2, dp=2), (OLD,)),
     "old-experts": Case("mixtral", Layout(ep=2, dp=2), (OLD,)),

@@ -15,7 +15,7 @@ from ckptconv.megatron import dist_optim, dist_optim_flat
 from ckptconv.megatron.args_read import ArgsLayout
 from ckptconv.megatron.dist_optim_groups import training_state
 from ckptconv.tensor import Tensor
-from tests.judge.optim import PLAIN, SAVED_AT, Step, resume
+from tests.judge.optim import PLAIN, SAVED_AT, Step, generators, resume
 from tests.judge.ranks import Layout
 from tests.mcore_dist.optim_runs import BUCKETS, CASES, FULLY, ZERO, Get, Trained
 from tests.optim import rank_runs
@@ -143,6 +143,20 @@ def test_it_goes_on_from_rank_files_made_of_it_and_these_come_back_unchanged(
     assert {k: v for k, v in contents(back).items() if "common" not in k} == {
         k: v for k, v in direct.items() if "common" not in k
     }
+
+
+def test_generators_go_on_where_the_processes_are_the_same(trained: Get, tmp_path: Path) -> None:
+    there = trained("alone")
+    ours = converted(there, FULLY, tmp_path / "ours")
+    assert generators(Layout(), ours) == generators(Layout(), there.places[FULLY])
+    assert resume(there.run, ours) == there.steps[SAVED_AT:]
+
+
+def test_generators_of_other_processes_are_left_out_and_that_is_said(trained: Get, tmp_path: Path) -> None:
+    ours = converted(trained("plain"), PLAIN, tmp_path / "ours")
+    assert "random-number generators belong to processes" in (ours / "ckptconv.json").read_text()
+    with pytest.raises(RuntimeError, match="rng_state"):
+        generators(Layout(tp=2, pp=2), ours)
 
 
 # -- what must fail ---------------------------------------------------------------------------------------------------

@@ -128,6 +128,20 @@ def test_the_same_layout_gives_the_same_files(golden: Path, tmp_path: Path) -> N
         assert [path for path in ours.keys() - left if not same(ours[path], theirs[path])] == []
 
 
+@pytest.mark.ranks
+@pytest.mark.xdist_group("ranks")
+def test_each_process_files_what_it_has_gathered(trained: Get, tmp_path: Path) -> None:
+    """Of parameters other than experts the first of their replicas alone, and those of experts likewise."""
+    there = trained("experts")
+    out = moved(there, there.run, tmp_path / "out")
+    files = sorted(path.relative_to(there.folder) for path in there.folder.rglob(FLAT_FILE))
+    assert len(files) == 4
+    for file in files:
+        theirs, ours = (leaves(torch.load(folder / file)) for folder in (there.folder, out))
+        assert theirs.keys() == ours.keys()
+        assert [path for path in ours if not same(ours[path], theirs[path])] == []
+
+
 def read(folder: Path, place: str = "mp_rank_00", file: str = RANK_FILE) -> Any:
     return torch.load(folder / "iter_0000002" / place / file, weights_only=False)
 

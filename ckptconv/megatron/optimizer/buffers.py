@@ -51,8 +51,6 @@ def _laid_out(dtype: DType, members: Sequence[Member], bucket: int | None, align
     start = at = 0  # of the bucket in the file, and of the next parameter in the bucket
     for member in reversed(members):
         at = -(-at // alignment) * alignment
-        if member.alone:
-            start, at = start + at, 0
         places.append((member, start + at))
         at += member.numel
         if member.alone or (bucket is not None and at >= bucket):

@@ -152,12 +152,11 @@ class Config:
             (t.data in (("captions", "questions") if self.vision else ("text",)),
              f"data is {t.data!r}: models with a vision tower train on captions or questions, others on text"),
         ]  # fmt: skip
-        if self.vision:
-            v = self.vision
-            rules.append(
-                (v.heads % at.tp == 0 and v.ffn % at.tp == 0, f"vision heads or ffn are no multiple of tp {at.tp}")
-            )
-            rules.append((v.hidden % v.heads == 0 and v.image % v.patch == 0, "vision heads or patches do not fit"))
+        if v := self.vision:
+            rules += [
+                (v.heads % at.tp == 0 and v.ffn % at.tp == 0, f"vision heads or ffn are no multiple of tp {at.tp}"),
+                (v.hidden % v.heads == 0 and v.image % v.patch == 0, "vision heads or patches do not fit"),
+            ]
         if wrong := [said for good, said in rules if not good]:
             raise ValueError("this run cannot be: " + "; ".join(wrong))
         return dp

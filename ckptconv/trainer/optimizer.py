@@ -39,36 +39,32 @@ class Member:
 
     def __init__(self, config: Config, grid: Grid, chunks: Sequence[nn.Module], experts: bool) -> None:
         t = config.training
-        self.experts, self.distributed, self.steps = experts, t.distributed_optimizer, 0
+        self.experts, self.distributed = experts, t.distributed_optimizer
         group = grid.expert_data if experts else grid.data
         trained = [[w for w in weights_of(c) if w.requires_grad and spread(w, grid) == experts] for c in chunks]
         self.buffers = [Buffer(config, weights, group, self.distributed) for weights in trained if weights]
         every = [w for weights in trained for w in weights]
         self.groups = _used_somewhere([[w for w in every if w.dim() > 1], [w for w in every if w.dim() == 1]])
         self.pieces = {w: piece for b in self.buffers for w in b.starts if (piece := _piece(b, w))}
-        self.adam = torch.optim.AdamW(
-            [
-                {
-                    "params": [self.pieces[w].master for w in weights if w in self.pieces],
-                    "is_expert_parallel": experts,
-                    "default_config": True,
-                    "wd_mult": wd_mult,
-                    "lr_mult": 1.0,
-                    "is_decoupled_lr": False,
-                    "max_lr": t.lr,
-                    "min_lr": t.min_lr,
-                }
-                for wd_mult, weights in self.groups.items()
-            ],
-            lr=t.lr, betas=(t.beta1, t.beta2), eps=t.eps, weight_decay=t.weight_decay,
-        )  # fmt: skip
+        kind = {"is_expert_parallel": experts, "default_config": True}
+        rates = {"lr_mult": 1.0, "is_decoupled_lr": False, "max_lr": t.lr, "min_lr": t.min_lr}
+        groups = [
+            {
+                "params": [self.pieces[w].master for w in weights if w in self.pieces],
+                **kind,
+                "wd_mult": wd_mult,
+                **rates,
+            }
+            for wd_mult, weights in self.groups.items()
+        ]
+        betas = (t.beta1, t.beta2)
+        self.adam = torch.optim.AdamW(groups, lr=t.lr, betas=betas, eps=t.eps, weight_decay=t.weight_decay)
 
     def update(self, scale: float) -> None:
         """Adam on gradients rounded to float32, parameters rounded from the masters."""
         for p in self.pieces.values():
             p.master.grad = (p.of(p.buffer.gradients) * scale).float()
         self.adam.step()
-        self.steps += 1
         for p in self.pieces.values():
             p.of(p.buffer.values).copy_(p.master)
         for b in self.buffers:
@@ -89,10 +85,10 @@ class Member:
                     found[w][slot] = b.of(w, flat)
         return found
 
-    def settings(self) -> list[dict[str, Any]]:
+    def settings(self, steps: int) -> list[dict[str, Any]]:
         """The parameter groups without the parameters. A distributed optimizer keeps the step count here."""
         groups = [{k: v for k, v in g.items() if k != "params"} for g in self.adam.state_dict()["param_groups"]]
-        return [g | {"step": float(self.steps)} for g in groups] if self.distributed else groups
+        return [g | {"step": float(steps)} for g in groups] if self.distributed else groups
 
     def reload(self) -> None:
         """Masters begin again from the parameters."""
@@ -101,12 +97,10 @@ class Member:
 
     def restore(self, w: Weight, slots: Slots, steps: int) -> None:
         """What this rank owns of a parameter's slots, taken over."""
-        self.steps = steps
         if (p := self.pieces.get(w)) is None:
             return
-        own = {
-            slot: t.reshape(-1)[p.elements.start : p.elements.stop].view(p.master.shape) for slot, t in slots.items()
-        }
+        mine = slice(p.elements.start, p.elements.stop)
+        own = {slot: whole.reshape(-1)[mine].view(p.master.shape) for slot, whole in slots.items()}
         p.master.data.copy_(own["param"])
         if steps:
             moments = {slot: own[slot].clone() for slot in SLOTS[1:]}
@@ -116,6 +110,16 @@ class Member:
 def spread(w: Weight, grid: Grid) -> bool:
     """Whether a parameter is an expert's that not every data-parallel rank has."""
     return w.expert is not None and grid.ep > 1
+
+
+def speaks_for(w: Weight, grid: Grid, *, shared_out: bool = False) -> bool:
+    """Whether this rank is the one, of all that hold the same, to count or write it; `shared_out`: each copy has a share of its own.
+
+    Copies are those of data parallelism, the uncut parameters of tensor ranks, and the tied head, which is the embedding.
+    """
+    copy = grid.replica if spread(w, grid) else grid.dp_rank
+    again = w.shared and grid.ends and grid.pp_rank
+    return (shared_out or copy == 0) and not again and (w.cut is not None or grid.tp_rank == 0)
 
 
 def _used_somewhere(groups: list[list[Weight]]) -> dict[float, list[Weight]]:
@@ -138,9 +142,7 @@ class Optimizer:
 
     def __init__(self, config: Config, grid: Grid, chunks: Sequence[nn.Module]) -> None:
         self.grid, self.clip = grid, config.training.clip
-        self.members = [
-            Member(config, grid, chunks, experts) for experts in ((False, True) if grid.ep > 1 else (False,))
-        ]
+        self.members = [Member(config, grid, chunks, experts) for experts in (False, True)[: 2 if grid.ep > 1 else 1]]
         if not any(m.groups for m in self.members):
             raise ValueError(f"freeze = {config.training.freeze}: nothing is left to train")
 
@@ -166,10 +168,8 @@ class Optimizer:
         """Over all parameters of the model, each element counted once."""
         total = torch.zeros((), dtype=torch.float64)
         for m in self.members:
-            copy = self.grid.replica if m.experts else self.grid.dp_rank
             for w, p in m.pieces.items():
-                counted = (m.distributed or copy == 0) and (w.cut is not None or self.grid.tp_rank == 0)
-                if counted and not (w.shared and self.grid.ends and self.grid.pp_rank):
+                if speaks_for(w, self.grid, shared_out=m.distributed):
                     total += p.of(p.buffer.gradients).double().square().sum()
         dist.all_reduce(total)
         return math.sqrt(total.item())

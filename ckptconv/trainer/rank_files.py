@@ -30,7 +30,7 @@ def save(run: Run, place: Path, common: dict[str, Any]) -> None:
     if flat:
         torch.save(_single(flat), folder / "distrib_optim.pt")
     common |= {key: _parameters(run.config, chunk) for key, chunk in _chunks(run)}
-    common["optimizer"] = _single([_optimizer_state(run.config, m) for m in members])
+    common["optimizer"] = _single([_optimizer_state(run, m) for m in members])
     torch.save(common, folder / "model_optim_rng.pt")
 
 
@@ -42,9 +42,7 @@ def load(run: Run, place: Path, weights_only: bool) -> dict[str, Any]:
     members = () if weights_only else run.optimizer.members
     for i, member in enumerate(members):
         state = saved["optimizer"] if len(members) == 1 else saved["optimizer"][i]
-        if (
-            member.distributed
-        ):  # all copies of the dense parameters, whatever their expert rank, are in the first one's file
+        if member.distributed:  # the dense parameters of all expert ranks are in the first one's file
             home = _folder(run, place, run.grid.ep_rank if member.experts else 0)
             shares = torch.load(home / "distrib_optim.pt", weights_only=False)
             _restore_flat(member, shares if len(members) == 1 else shares[i], state)
@@ -89,12 +87,12 @@ def _parameters(config: Config, chunk: nn.Module) -> OrderedDict[str, Tensor | N
     return OrderedDict((k, v if v is None else v.detach().to(dtype, copy=True)) for k, v in chunk.state_dict().items())
 
 
-def _optimizer_state(config: Config, member: Member) -> dict[str, Any]:
+def _optimizer_state(run: Run, member: Member) -> dict[str, Any]:
     """As Megatron's three optimizers have it: moments under torch's own numbers, masters in a list per group."""
     if member.distributed:
-        return {"optimizer": {"param_groups": member.settings()}}
+        return {"optimizer": {"param_groups": member.settings(run.iteration)}}
     state = member.adam.state_dict()
-    if config.training.precision != "bf16":
+    if run.config.training.precision != "bf16":
         return state
     masters = [[_marked(w, member.pieces[w].master) for w in weights] for weights in member.groups.values()]
     return {"optimizer": state, "fp32_from_fp16_params": masters}
@@ -105,9 +103,7 @@ def _restore_plain(member: Member, state: dict[str, Any]) -> None:
     for weights, masters in zip(member.groups.values(), state.get("fp32_from_fp16_params", ()), strict=False):
         for w, master in zip(weights, masters, strict=True):
             member.pieces[w].master.data.copy_(master)
-    adam = state.get("optimizer", state)
-    member.adam.load_state_dict(adam)
-    member.steps = max((int(s["step"]) for s in adam["state"].values()), default=0)
+    member.adam.load_state_dict(state.get("optimizer", state))
 
 
 def _marked(w: Weight, master: Tensor) -> Tensor:
@@ -129,9 +125,9 @@ def _flat_state(run: Run, member: Member) -> dict[object, Any] | None:
 
 
 def _restore_flat(member: Member, shares: dict[object, Any], state: dict[str, Any]) -> None:
-    member.steps = int(state["optimizer"]["param_groups"][0]["step"])
+    steps = int(state["optimizer"]["param_groups"][0]["step"])
     for i, b in enumerate(member.buffers):
         (stored,) = shares[i].values()
         flats = {slot: b.with_padding(stored[slot]) for slot in SLOTS}
         for w in b.starts:
-            member.restore(w, {slot: b.of(w, flat) for slot, flat in flats.items()}, member.steps)
+            member.restore(w, {slot: b.of(w, flat) for slot, flat in flats.items()}, steps)

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from ckptconv.trainer.model import named_weights, without_numbers
-from ckptconv.trainer.optimizer import Member, spread
+from ckptconv.trainer.optimizer import Member, Slots, speaks_for
 from ckptconv.trainer.parallel import Weight
 
 if TYPE_CHECKING:
@@ -106,20 +106,17 @@ class _Load(DefaultLoadPlanner):
 
 
 def save(run: Run, place: Path, common: dict[str, Any]) -> None:
-    parts: list[Part] = []
-    slots = {w: found for member in run.optimizer.members for w, found in member.slots().items()}
-    for name, w in _weights(run):
-        if _writes(run, w):
-            parts += _parts(run, name, w, "", w.detach().to(run.config.training.stored))
-            for kept, slot in _kept_slots(run).items() if w in slots else ():
-                parts += _parts(run, name, w, f"optimizer.state.{kept}.", slots[w][slot])
-    objects = dict(_extra_states(run)) | dict(_rng(run, common.pop("rng_state")))
+    t, members = run.config.training, run.optimizer.members
+    slots = {w: found for member in members for w, found in member.slots().items()}
+    mine = [(name, w) for name, w in _weights(run) if speaks_for(w, run.grid)]
+    parts = [p for name, w in mine for p in _tensors(run, name, w, w.detach().to(t.stored), slots)]
+    objects = dict(_extra_states(run, mine)) | _rng(run, common.pop("rng_state"))
     state_dict_saver.save({}, storage_writer=FileSystemWriter(place), planner=_Save(parts, objects))
     if dist.get_rank() == 0:
-        states = dict(enumerate(_state(run, m) for m in run.optimizer.members))
+        states = dict(enumerate(_state(run, m) for m in members))
         common["optimizer"] = states[0] if len(states) == 1 else states
         common["content_metadata"] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-        if run.config.training.distributed_optimizer:
+        if t.distributed_optimizer:
             common["content_metadata"]["distrib_optim_sharding_type"] = "fully_reshardable"
         torch.save(common, place / "common.pt")
         (place / "metadata.json").write_text(METADATA)
@@ -128,33 +125,21 @@ def save(run: Run, place: Path, common: dict[str, Any]) -> None:
 def load(run: Run, place: Path, weights_only: bool) -> dict[str, Any]:
     """Fills the model and, unless `weights_only`, the optimizer; what else was saved, with the RNG state if it fits this layout."""
     common: dict[str, Any] = torch.load(place / "common.pt", weights_only=False)
-    parts = [p for name, w in _weights(run) for p in _parts(run, name, w, "", w.data)]
-    slots = {
-        w: {s: torch.zeros(w.shape) for s in _kept_slots(run).values()} for m in run.optimizer.members for w in m.pieces
-    }
-    for name, w in () if weights_only else _weights(run):
-        for kept, slot in _kept_slots(run).items() if w in slots else ():
-            parts += _parts(run, name, w, f"optimizer.state.{kept}.", slots[w][slot])
-    planner = _Load(parts, [key for key, _ in _rng(run, None)])
+    members, kept = () if weights_only else run.optimizer.members, _kept_slots(run).values()
+    slots = {w: {slot: torch.zeros(w.shape) for slot in kept} for m in members for w in m.pieces}
+    parts = [p for name, w in _weights(run) for p in _tensors(run, name, w, w.data, slots)]
+    planner = _Load(parts, list(_rng(run, None)))
     state_dict_loader.load({}, storage_reader=FileSystemReader(place), planner=planner)
-    for member in () if weights_only else run.optimizer.members:
+    for member in members:
         for w in member.pieces:
             member.restore(w, {"param": w.detach(), **slots[w]}, _steps(common))
-    for state in planner.objects.values():
-        common["rng_state"] = state
-    return common
+    states = list(planner.objects.values())
+    return common | ({"rng_state": states[0]} if states else {})
 
 
 def _weights(run: Run) -> Iterator[tuple[str, Weight]]:
     for chunk in run.chunks:
         yield from named_weights(chunk)
-
-
-def _writes(run: Run, w: Weight) -> bool:
-    """Whether this rank, of all that hold the same part, is the one that writes it. A tied head is the embedding."""
-    copy = run.grid.replica if spread(w, run.grid) else run.grid.dp_rank
-    again = w.shared and run.grid.ends and run.grid.pp_rank
-    return copy == 0 and not again and (w.cut is not None or run.grid.tp_rank == 0)
 
 
 def _kept_slots(run: Run) -> dict[str, str]:
@@ -164,15 +149,22 @@ def _kept_slots(run: Run) -> dict[str, str]:
     return master | {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 
 
+def _tensors(run: Run, name: str, w: Weight, value: Tensor, slots: dict[Weight, Slots]) -> Iterator[Part]:
+    """All that is filed of a parameter."""
+    yield from _parts(run, name, w, "", value)
+    for kept, slot in _kept_slots(run).items() if w in slots else ():
+        yield from _parts(run, name, w, f"optimizer.state.{kept}.", slots[w][slot])
+
+
 def _parts(run: Run, name: str, w: Weight, prefix: str, tensor: Tensor) -> Iterator[Part]:
     """The block of the whole tensor that this rank's tensor is; two of a gated weight."""
     key, counts, numbers = _place(run, name, w)
-    lead = (None,) * len(counts)
     for i, part in enumerate(tensor.chunk(w.pieces, w.cut or 0)):
         offset = [0] * part.dim()
         if w.cut is not None:
             offset[w.cut] = i * w.whole[w.cut] // w.pieces + run.grid.tp_rank * part.shape[w.cut]
-        yield Part(prefix + key, (*counts, *w.whole), (*numbers, *offset), part[lead] if lead else part)
+        block = part.view(*(1 for _ in counts), *part.shape)
+        yield Part(prefix + key, (*counts, *w.whole), (*numbers, *offset), block)
 
 
 def _place(run: Run, name: str, w: Weight) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
@@ -190,31 +182,31 @@ def _place(run: Run, name: str, w: Weight) -> tuple[str, tuple[int, ...], tuple[
     return key, tuple(count for _, count in stacked), tuple(n for n, _ in stacked)
 
 
-def _extra_states(run: Run) -> Iterator[tuple[str, object]]:
+def _extra_states(run: Run, mine: list[tuple[str, Weight]]) -> Iterator[tuple[str, object]]:
     """The linears' empty extra states, one object per layer and expert. Megatron wants them, but for the output layer's."""
-    for name, w in _weights(run):
+    for name, w in mine:
         owner = name.removesuffix(".weight")
-        if owner.rsplit(".")[-1].startswith("linear_") and name != owner and run.grid.tp_rank == 0:
+        if owner != name and owner.split(".")[-1].startswith("linear_") and run.grid.tp_rank == 0:
             key, counts, numbers = _place(run, owner, w)
             shard = ".".join(map(str, numbers or (0,))) + "_" + ".".join(map(str, counts or (1,)))
-            if (run.grid.replica if spread(w, run.grid) else run.grid.dp_rank) == 0:
-                yield f"{key}._extra_state/shard_{shard}", [None]
+            yield f"{key}._extra_state/shard_{shard}", [None]
 
 
-def _rng(run: Run, state: object) -> Iterator[tuple[str, object]]:
+def _rng(run: Run, state: object) -> dict[str, object]:
+    """One object per stage and tensor rank; with expert ranks, per data-parallel rank too. Equal ones are written once by DCP."""
     g = run.grid
-    if g.ep > 1:
-        yield f"rng_state/shard_{g.pp_rank}.{g.tp_rank}.{g.dp_rank}_{g.pp}.{g.tp}.{g.dp}", state
-    elif g.dp_rank == 0 or state is None:
-        yield f"rng_state/shard_{g.pp_rank}.{g.tp_rank}_{g.pp}.{g.tp}", state
+    at, of = (
+        ((g.pp_rank, g.tp_rank), (g.pp, g.tp)) if g.ep == 1 else ((g.pp_rank, g.tp_rank, g.dp_rank), (g.pp, g.tp, g.dp))
+    )
+    return {f"rng_state/shard_{'.'.join(map(str, at))}_{'.'.join(map(str, of))}": state}
 
 
 def _state(run: Run, member: Member) -> dict[str, Any]:
     """What of an optimizer is no tensor of the model's shape."""
-    groups = member.settings()
+    groups = member.settings(run.iteration)
     if member.distributed:
         return {"optimizer": {"param_groups": groups}, "param_state_sharding_type": "fully_reshardable"}
-    state = {"state": {"common_step": torch.tensor(float(member.steps))}, "param_groups": groups}
+    state = {"state": {"common_step": torch.tensor(float(run.iteration))}, "param_groups": groups}
     return {"optimizer": state} if run.config.training.precision == "bf16" else state
 
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from ckptconv.trainer import checkpoint, data
 from ckptconv.trainer.config import Config
 from ckptconv.trainer.launch import launch
-from ckptconv.trainer.run import train
+from ckptconv.trainer.run import Run, train
+from tests.trainer import llava
 from tests.trainer.runs import PROJECTOR, TUNING
 
 pytestmark = [pytest.mark.ranks, pytest.mark.xdist_group("ranks")]
@@ -57,3 +59,19 @@ def test_only_what_is_trained_has_optimizer_state(stages: dict[str, Path]) -> No
     saved = torch.load(path, weights_only=False)
     trained = [list(t.shape) for name, t in parameters(stages["first"]).items() if name.startswith(PARTS[2])]
     assert sorted(list(s["exp_avg"].shape) for s in saved["optimizer"]["state"].values()) == sorted(trained)
+
+
+def test_it_computes_what_transformers_llava_computes(stages: dict[str, Path]) -> None:
+    config = TUNING.but(precision="fp32")
+    assert config.vision is not None
+    batch = data.batch(config, range(4))
+
+    def ours() -> Tensor:
+        run = Run(config)
+        checkpoint.load(run, stages["second"])
+        with torch.no_grad():
+            found: Tensor = run.chunks[0](None, {"tokens": batch["tokens"], "images": batch["images"]})
+        return found.transpose(0, 1)
+
+    theirs = llava.logits(llava.filled(config, parameters(stages["second"])), batch, config.vision.patches)
+    torch.testing.assert_close(launch(1, ours)[0], theirs, rtol=0, atol=1e-5)

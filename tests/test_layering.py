@@ -209,7 +209,8 @@ def test_only_the_command_line_prints_or_exits() -> None:
 @pytest.mark.parametrize("key", ["packages", "package-dir"])
 def test_every_package_is_in_the_wheel(key: str) -> None:
     setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {"ckptconv", *(f"ckptconv.{p.parent.name}" for p in (ROOT / "ckptconv").glob("*/__init__.py"))}
+    inits = (path.parent.relative_to(ROOT) for path in (ROOT / "ckptconv").rglob("__init__.py"))
+    folders = {".".join(folder.parts) for folder in inits}
     if key == "packages":
         assert set(setup[key]) == folders | {"ckptconv.mappings"}
     else:

@@ -65,8 +65,9 @@ def rank_name(tp: int, pp: int | None, ep: int | None) -> str:
 
 
 def has_ranks(folder: Path) -> bool:
-    """Whether a folder is an iteration of per-rank files."""
-    return any(entry.name.startswith("mp_rank_") for entry in folder.iterdir())
+    """Whether a folder is an iteration of per-rank files; NeMo calls its folders alike, and what lies in them otherwise."""
+    ranks = [entry for entry in folder.iterdir() if entry.name.startswith("mp_rank_")]
+    return any(not any(rank.glob("*.ckpt")) for rank in ranks)
 
 
 def is_distributed(folder: Path) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from ckptconv.checkpoint import Checkpoint, Stored, Target
-from ckptconv.errors import UsageError
+from ckptconv.errors import ConfigError, TopologyError, UsageError
 from ckptconv.mapping import Mapping
 from ckptconv.plan import Plan
 from ckptconv.topology import Topology
@@ -77,6 +77,16 @@ class Training(Protocol):
 
     @property
     def trains(self) -> bool: ...
+
+
+def refuse_more_than_weights(checkpoint: Checkpoint, topology: Topology, request: Request, title: str) -> None:
+    """For formats whose files hold a model's weights whole, and nothing else."""
+    if request.vocab_divisor is not None:
+        raise UsageError(f"--make-vocab-size-divisible-by: {title} files hold the true vocabulary, without padding")
+    if any(topology.degree(d) != 1 for d in ("tp", "pp", "vpp", "ep", "etp")):
+        raise TopologyError(f"{title} files hold whole tensors: no --tp, --pp, --vpp, --ep or --etp for them")
+    if slots := sorted({k.slot for k in checkpoint.tensors} - {"param"}):
+        raise ConfigError(f"{title} files have no place for {', '.join(slots)}; --optimizer drop leaves it out")
 
 
 @dataclass(frozen=True, slots=True)

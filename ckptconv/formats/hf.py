@@ -19,8 +19,7 @@ from ckptconv.containers.folder import inside
 from ckptconv.dialect import detect, prefix_of
 from ckptconv.dtypes import UINT8
 from ckptconv.errors import CkptconvError, ConfigError, UsageError
-from ckptconv.formats import Request
-from ckptconv.formats.whole import refuse_more
+from ckptconv.formats import Request, refuse_more_than_weights
 from ckptconv.huggingface.config_codecs import Table
 from ckptconv.huggingface.family_config import (
     USAGE,
@@ -150,7 +149,7 @@ class Hf:
     def target(self, checkpoint: Checkpoint, topology: Topology, options: HfSave, request: Request) -> Target:
         config = checkpoint.config
         parse_size(options.max_shard_size, SHARD_FLAG)
-        refuse_more(checkpoint, topology, request, "Hugging Face")
+        refuse_more_than_weights(checkpoint, topology, request, "Hugging Face")
         mapping = chosen(_family(config, options, request), request.mappings)
         config, donor = self._completed(checkpoint, mapping, options, request)
         check_fits(config, mapping)

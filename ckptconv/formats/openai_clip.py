@@ -12,8 +12,7 @@ from ckptconv.config import ModelConfig
 from ckptconv.containers import safetensors, torch_script, torch_write
 from ckptconv.dialect import detect
 from ckptconv.errors import CkptconvError, ConfigError, FormatError
-from ckptconv.formats import NoOptions, Request
-from ckptconv.formats.whole import refuse_more
+from ckptconv.formats import NoOptions, Request, refuse_more_than_weights
 from ckptconv.huggingface.family_config import fixed_or_default
 from ckptconv.mapping_files import chosen, load_mapping
 from ckptconv.plan import Plan
@@ -62,7 +61,7 @@ class OpenaiClip:
         config = checkpoint.config
         if config.family != FAMILY or config.kind != "vision":
             raise ConfigError(f"OpenAI's files hold CLIP's vision tower, this is a model of {config.family}")
-        refuse_more(checkpoint, topology, request, "OpenAI's")
+        refuse_more_than_weights(checkpoint, topology, request, "OpenAI's")
         return Target(chosen("openai-clip", request.mappings), frozenset(), even(config.layers), config.vocab_rows)
 
     def save(self, stored: Stored, options: NoOptions, request: Request) -> Plan:

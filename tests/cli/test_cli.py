@@ -211,7 +211,7 @@ def test_wrong_names_are_answered_with_the_right_ones(console: Console, models: 
         in ran.err
     )
     ran = console("convert", src, out, "--saver", "hf", "--saver.experts", "grouped", code=2)
-    assert "it has: --saver.max-shard-size, --saver.template, --saver.config-from-args" in ran.err
+    assert "it has: --saver.max-shard-size, --saver.template, --saver.prefix, --saver.config-from-args" in ran.err
 
 
 def test_failures_are_1_and_one_message(models: Path, tmp_path: Path) -> None:
@@ -257,6 +257,9 @@ def test_formats(console: Console) -> None:
         ("mcore-dist", ["torch_dist", "torch-dist", "zarr"], "built-in"),
         ("legacy", ["megatron"], "built-in"),
         ("nemo", ["nemo1"], "built-in"),
+        ("nemo2", [], "built-in"),
+        ("lightning", ["ptl"], "built-in"),
+        ("openai-clip", [], "built-in"),
         ("dcp", ["torch-dcp", "fsdp"], "built-in"),
     ]
     assert "legacy (megatron): Megatron-LM before Megatron-Core" in console("formats").out
@@ -269,15 +272,17 @@ def test_formats(console: Console) -> None:
     facts = json.loads(console("formats", "hf", "--json").out)
     assert set(facts) == {"name", "aliases", "summary", "loader", "saver"}
     assert [(o["name"], o["default"]) for o in facts["saver"]] == [
-        ("max-shard-size", "5GB"), ("template", ""), ("config-from-args", "False"),
+        ("max-shard-size", "5GB"), ("template", ""), ("prefix", ""), ("config-from-args", "False"),
     ]  # fmt: skip
     assert console("formats", "megatron").out == console("formats", "legacy").out
 
 
 def test_families(console: Console) -> None:
     rows = json.loads(console("families", "--json").out)
-    assert {r["name"]: r["match"]["model_type"] for r in rows} == {
-        "hf-llama": "llama", "hf-mistral": "mistral", "hf-mixtral": "mixtral", "hf-qwen2": "qwen2", "hf-qwen3": "qwen3",
+    assert {r["name"]: r["match"].get("model_type") for r in rows} == {
+        "hf-clip": ["clip_vision_model", "clip"], "hf-internvit": "intern_vit_6b", "hf-llama": "llama", "hf-mistral": "mistral",
+        "hf-mixtral": "mixtral", "hf-qwen2": "qwen2", "hf-qwen3": "qwen3", "hf-radio-g": None, "hf-radio-h": None,
+        "hf-siglip": ["siglip_vision_model", "siglip"],
     }  # fmt: skip
     assert "hf-qwen3: config.json with model_type qwen3 [built-in]" in console("families").out
     assert console("families", "qwen3").out == console("families", "hf-qwen3").out

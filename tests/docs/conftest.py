@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +26,9 @@ MODELS: dict[str, tuple[str, dict[str, int]]] = {
     "Llama-3.1-8B": ("llama3", BIG),
     "Mixtral-8x7B": ("mixtral", {**BIG, "num_hidden_layers": 4, "num_local_experts": 8}),
 }
+
+GOLDEN = DOCS.parent / "tests" / "golden"
+TRAINED = ("mlm/opt-legacy-bf16-tp2pp1dp2-distopt", "optim/distopt-bf16-tp2dp2")  # parts of one run's checkpoint
 
 Done = subprocess.CompletedProcess[str]
 Run = Callable[..., Done]
@@ -94,4 +98,6 @@ def sandbox(models: Path, tmp_path: Path) -> Path:
     """A folder in which they lie, for the commands of one document."""
     for folder in MODELS:
         (tmp_path / folder).symlink_to(models / folder)
+    for part in TRAINED:
+        shutil.copytree(GOLDEN / part, tmp_path / "run", dirs_exist_ok=True)
     return tmp_path

@@ -111,9 +111,11 @@ def _interpret(where: str, files: Mapping[str, Source], problems: list[str]) -> 
     objects: dict[str, Source] = {}
     for key, held in folders.items():
         try:
+            if _is_locks(key, held, folders):
+                continue
             if HEADER in held:
                 tensors[key] = _entry(held, f"{where}/{key}", problems)
-            elif not _is_locks(key, held, folders):
+            else:
                 objects |= _objects(key, held)
         except FormatError as error:
             problems.append(str(error))
@@ -228,7 +230,7 @@ def _objects(key: str, held: Mapping[str, Source]) -> dict[str, Source]:
 
 
 def _is_locks(key: str, held: Mapping[str, Source], folders: Mapping[str, Mapping[str, Source]]) -> bool:
-    """Empty files that ranks had locked while several wrote to one chunk: `<key>.sync` beside `<key>`."""
+    """Empty files, of header and chunks, that ranks had locked to write by turns: `<key>.sync` beside `<key>`."""
     of = folders.get(key.removesuffix(LOCKS), {}) if key.endswith(LOCKS) else {}
     return HEADER in of and not any(source.nbytes for source in held.values())
 

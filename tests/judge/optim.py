@@ -43,6 +43,7 @@ class Run:
     bf16: bool = True
     distributed: bool = True
     rows: int = 256
+    backend: str = "torch_dist"
 
     @property
     def divisor(self) -> int:
@@ -157,13 +158,14 @@ class Trainer:
 
     def save(self, form: str, folder: Path) -> None:
         from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 
         said = metadata(form)
         args = megatron_args(
             self.run.config,
             self.spec,
             self.run.layout,
-            Form(bf16=self.run.bf16, iteration=SAVED_AT, divisor=self.run.divisor),
+            Form(bf16=self.run.bf16, iteration=SAVED_AT, divisor=self.run.divisor, backend=self.run.backend),
         )
         args.use_distributed_optimizer, args.no_save_optim = form != PLAIN, False
         args.transformer_impl = (
@@ -172,7 +174,8 @@ class Trainer:
         beside: State = {"args": args, "checkpoint_version": 3.0, "iteration": SAVED_AT, "rng_state": rng_state()}
         beside["opt_param_scheduler"] = self.scheduler.state_dict()
         state = {**self.state(said, loading=False), **beside}
-        dist_checkpointing.save(state, str(folder), **({"content_metadata": said} if _tells() else {}))
+        strategy = get_default_save_sharded_strategy(self.run.backend)
+        dist_checkpointing.save(state, str(folder), strategy, **({"content_metadata": said} if _tells() else {}))
 
     def load(self, saved: Path) -> None:
         """Into the form that the checkpoint says it has, as Megatron's training code does."""

@@ -23,6 +23,7 @@ class Case:
     layout: Layout
     forms: tuple[str, ...] = (FULLY, BUCKETS, ZERO)
     bf16: bool = True
+    backend: str = "torch_dist"
 
 
 CASES = {
@@ -39,6 +40,9 @@ CASES = {
     "plain-experts": Case("mixtral", Layout(ep=2), (PLAIN,)),
     "old": Case("llama", Layout(tp=2, dp=2), (OLD,)),
     "old-experts": Case("mixtral", Layout(ep=2, dp=2), (OLD,)),
+    "old-zarr": Case(
+        "llama", Layout(tp=2, dp=2), (OLD,), backend="zarr"
+    ),  # ranks write their parts of a chunk by turns
 }
 
 
@@ -63,7 +67,7 @@ def trained(hf: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, r
         if name not in made:
             case, folder = CASES[name], tmp_path_factory.mktemp(name)
             places = {form: folder / form for form in case.forms}
-            run = Run(hf(case.kind), case.layout, case.bf16, PLAIN not in case.forms)
+            run = Run(hf(case.kind), case.layout, case.bf16, PLAIN not in case.forms, backend=case.backend)
             made[name] = Trained(run, _train(request, name, run, places), places)
         return made[name]
 

@@ -120,9 +120,11 @@ def tensors(dcp: Dcp, keys: Collection[str] | None = None, *, check: bool = Fals
         return {key: _assembled(entry, found) for key, entry in entries.items()}
 
 
-def value(item: Item) -> object:
-    """The object in a blob, just as it was given to torch.save: Megatron-Core wraps each in a list of one."""
-    return torch_file.read(item, where=dcp_blobs.where_is(item))
+def value(item: Item, *, check: bool = False) -> object:
+    """The object in a blob, just as it was given to torch.save: Megatron-Core wraps each in a list of one. `check` verifies
+    the checksums of what it holds.
+    """
+    return torch_file.read(item, check=check, where=dcp_blobs.where_is(item))
 
 
 def _assembled(entry: Entry, found: dict[Source, Tensor]) -> Tensor:

@@ -121,7 +121,7 @@ def of_torch_dist(found: dcp.Dcp, *, check: bool) -> Contents:
         {key: found.reformulated.get(key, entry.shape) for key, entry in found.tensors.items()},
         {key: item.nbytes for key, item in found.objects.items()},
         tensors,
-        lambda key: dcp.value(found.objects[key]),
+        lambda key: dcp.value(found.objects[key], check=check),
         tuple(f"{source.nbytes:,} bytes of {Path(source.path).name}" for source in found.unused),
     )
 

@@ -43,7 +43,7 @@ class Filing:
         if self.distributed and self.core.version < FULLY_SINCE:
             raise ConfigError(
                 f"Megatron-Core {show(self.core.version)} does not know the form {FULLY} of the distributed optimizer: give "
-                f"--saver.mcore-version {show(FULLY_SINCE)} or newer, or --saver.distributed-optimizer no, or --optimizer drop"
+                f"--saver.mcore-version {show(FULLY_SINCE)} or newer, or --saver.distributed-optimizer false, or --optimizer drop"
             )
 
 

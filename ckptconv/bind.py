@@ -131,7 +131,7 @@ def _block_of(rule: Rule) -> tuple[str, str]:
 def _tower(
     mapping: Mapping, variant: frozenset[str], name: str, config: ModelConfig, topology: Topology, rank: Rank
 ) -> _Binder:
-    """The binder of a tower: it stands whole on the first stage, cut as the language model is but not dealt."""
+    """The binder of a tower: it stands whole on the first stage, cut as its own dialect says but not dealt."""
     whole = Stage(tuple(range(config.layers)), frozenset({"embed", "norm", "head"}))
     return _Binder(mapping, variant, config, Topology(tp=topology.tp, stages=(whole,)), Rank(tp=rank.tp), f"{name}.")
 
@@ -158,7 +158,7 @@ class _Binder:
         prefix: str = "",
     ) -> None:
         self.mapping, self.variant, self.config, self.topology, self.rank = mapping, variant, config, topology, rank
-        self.prefix = prefix  # of the names of atoms
+        self.prefix = prefix  # of the names of atoms, and of axes in the tables that say how they are cut
         self.roles = topology.stage(rank).roles
         self.variant_tags = mapping.variant_tags
         self.cuts: dict[tuple[str, bool], Cut] = {}
@@ -250,9 +250,9 @@ class _Binder:
         """Whether a dimension has more ranks than an axis of the expression has units, and the dialect then cuts the assembled rows."""
         axes = {axis for atom in atoms_of(expr) for axis in self.mapping.vocabulary.atoms[atom].axes}
         return any(
-            self.mapping.excess.get(axis) == "assembled"
-            and axis in self.mapping.cut
-            and self.topology.degree(self.mapping.cut[axis]) > units(self.config, axis)
+            self.mapping.excess.get(self.prefix + axis) == "assembled"
+            and (dimension := self.mapping.cut.get(self.prefix + axis)) is not None
+            and self.topology.degree(dimension) > units(self.config, axis)
             for axis in axes
         )
 
@@ -300,11 +300,11 @@ class _Binder:
 
     def cut(self, axis: str, *, whole: bool) -> Cut:
         if (axis, whole) not in self.cuts:
-            dimension, size = self.mapping.cut.get(axis), self.config.size(axis)
+            dimension, size = self.mapping.cut.get(self.prefix + axis), self.config.size(axis)
             if whole or dimension is None:
                 self.cuts[axis, whole] = Cut(0, size, 0, 1)
             else:
-                replicate = self.mapping.excess.get(axis) == "replicate"
+                replicate = self.mapping.excess.get(self.prefix + axis) == "replicate"
                 count = units(self.config, axis)
                 self.cuts[axis, whole] = self.topology.cut(axis, dimension, size, count, self.rank, replicate=replicate)
         return self.cuts[axis, whole]

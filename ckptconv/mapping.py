@@ -249,7 +249,8 @@ def validate(mapping: Mapping) -> None:
     problems += [
         f"stack names an unknown variable {v!r}" for v in mapping.stack if v not in mapping.vocabulary.variables
     ]
-    known = {axis for atom in mapping.vocabulary.atoms.values() for axis in atom.axes}
+    axes = {axis for atom in mapping.vocabulary.atoms.values() for axis in atom.axes}
+    known = axes | {f"{tower}.{axis}" for tower in TOWERS for axis in axes}
     problems += [f"[cut] names an unknown axis {axis!r}" for axis in mapping.cut if axis not in known]
     problems += [
         f"[deal] names an unknown variable {v!r}" for v in mapping.deal if v not in mapping.vocabulary.variables

@@ -106,9 +106,9 @@ def _build(name: str, path: Path, chain: tuple[str, ...], families: tuple[str, .
         stack=stack,
         match={**(parent.match if parent else {}), **_table(raw, "match", path)},
         config=_merged(parent.config if parent else {}, _table(raw, "config", path)),
-        cut=_merged_dimensions([m.cut for m in below], _table(raw, "cut", path)),
+        cut=_merged_dimensions(_below("cut", parent, raw, (*chain, name)), _table(raw, "cut", path)),
         deal=_merged_dimensions([m.deal for m in below], _table(raw, "deal", path)),
-        excess=_strings(_table(raw, "excess", path)) or {k: v for m in below for k, v in m.excess.items()},
+        excess=_strings(_table(raw, "excess", path)) or _joined(_below("excess", parent, raw, (*chain, name))),
         parts=parts,
         aliases={**(parent.aliases if parent else {}), **_strings(_table(raw, "aliases", path))},
     )
@@ -284,6 +284,21 @@ def _merged(parent: dict[str, object], own: dict[str, object]) -> dict[str, obje
         below = out.get(key)
         out[key] = {**below, **value} if isinstance(below, dict) and isinstance(value, dict) else value
     return out
+
+
+def _below(
+    table: str, parent: Mapping | None, raw: dict[str, object], chain: tuple[str, ...]
+) -> list[dict[str, str]]:
+    """What the parent and the mappings we use say of axes: those of a tower, under the tower's name."""
+    below = [getattr(parent, table)] if parent else []
+    for block in _using(raw):
+        under = f"{block['scope']}." if "scope" in block else ""
+        below.append({under + axis: how for axis, how in getattr(_used(block, chain), table).items()})
+    return below
+
+
+def _joined(tables: Sequence[dict[str, str]]) -> dict[str, str]:
+    return {key: value for table in tables for key, value in table.items()}
 
 
 def _merged_dimensions(below: Sequence[dict[str, str]], own: dict[str, object]) -> dict[str, str]:

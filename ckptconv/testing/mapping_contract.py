@@ -198,7 +198,8 @@ class MappingContract:
 
     def test_cuts_tile_every_axis(self, loaded: Mapping, layout: str) -> None:
         """I5: over all ranks an axis is covered a whole number of times, by parts that meet."""
-        for axis, dimension in loaded.cut.items():
+        for scoped, dimension in loaded.cut.items():
+            axis = scoped.rpartition(".")[2]
             size, topology = SHAPES["moe"].size(axis), LAYOUTS[layout]
             count, seen = units(SHAPES["moe"], axis), Counter[tuple[int, int]]()
             if count % topology.degree(dimension):

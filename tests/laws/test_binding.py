@@ -81,8 +81,13 @@ def refused(mapping: str, shape: str, topology: str) -> bool:
 UNUSUAL = ("uneven", "empty stage", "ep4etp1", "tp8")
 
 
+def holds_text(mapping: str) -> bool:
+    """Towers alone have shapes and layouts of their own, which MappingContract goes through."""
+    return any(a.expr == "embed.weight" for rule in load_mapping(mapping).rules for a in rule.alternatives)
+
+
 def cases() -> Iterator[object]:
-    for mapping in mapping_paths():
+    for mapping in filter(holds_text, mapping_paths()):
         for variant in variants(load_mapping(mapping)):
             for shape in SHAPES:
                 for topology in UNUSUAL if load_mapping(mapping).cut else ("whole",):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from ckptconv.trainer import data
+from ckptconv.trainer.__main__ import main
 from ckptconv.trainer.config import Config, ModelConfig, VisionConfig, read
 from ckptconv.trainer.optimizer import Scheduler
 from ckptconv.trainer.pipeline import interleaved, one_forward_one_backward
@@ -122,12 +122,16 @@ def test_a_curve_falls_in_the_picture_as_it_does_in_numbers(tmp_path: Path) -> N
 
 @pytest.mark.ranks
 @pytest.mark.xdist_group("ranks")
-def test_the_command_line_trains_saves_goes_on_and_draws(tmp_path: Path) -> None:
+def test_the_command_line_trains_saves_goes_on_and_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     def run(*options: str) -> list[str]:
-        command = [sys.executable, "-m", "ckptconv.trainer", "--pp", "2", *options]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        monkeypatch.setattr(sys, "argv", ["trainer", "--pp", "2", *options])
+        main()
+        return capfd.readouterr().out.splitlines()
 
     there = str(tmp_path / "saved")
     whole = run("--steps", "3", "--plot", str(tmp_path / "loss.svg"))
+    assert [line.split()[:3] for line in whole] == [["step", str(n), "loss"] for n in (1, 2, 3)]
     assert run("--steps", "2", "--save", there) + run("--steps", "3", "--load", there) == whole
     assert (tmp_path / "loss.svg").exists()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ckptconv.trainer import checkpoint, data
+from ckptconv.trainer import data
 from ckptconv.trainer.config import Config
 from ckptconv.trainer.launch import launch
 from ckptconv.trainer.run import Run, train
@@ -62,16 +62,18 @@ def test_only_what_is_trained_has_optimizer_state(stages: dict[str, Path]) -> No
 
 
 def test_it_computes_what_transformers_llava_computes(stages: dict[str, Path]) -> None:
-    config = TUNING.but(precision="fp32")
-    assert config.vision is not None
-    batch = data.batch(config, range(4))
+    """With matrices far larger than a short training makes them, so that every activation bends."""
+    assert TUNING.vision is not None
+    bold = {name: t * 8 if t.dim() > 1 else t for name, t in parameters(stages["second"]).items()}
+    batch = data.batch(TUNING, range(4))
 
     def ours() -> Tensor:
-        run = Run(config)
-        checkpoint.load(run, stages["second"])
+        run = Run(TUNING)
+        run.chunks[0].load_state_dict(bold, strict=False)
         with torch.no_grad():
             found: Tensor = run.chunks[0](None, {"tokens": batch["tokens"], "images": batch["images"]})
         return found.transpose(0, 1)
 
-    theirs = llava.logits(llava.filled(config, parameters(stages["second"])), batch, config.vision.patches)
-    torch.testing.assert_close(launch(1, ours)[0], theirs, rtol=0, atol=1e-5)
+    batch["images"] = batch["images"].double()
+    theirs = llava.logits(llava.filled(TUNING, bold).double(), batch, TUNING.vision.patches)
+    torch.testing.assert_close(launch(1, ours)[0], theirs, rtol=1e-5, atol=1e-5)

@@ -61,6 +61,8 @@ def main() -> None:
     MANIFESTS.mkdir(exist_ok=True)
     trees = {name: of_file(goldens / path) for name, path in SINGLE.items()}
     trees |= {name: of_folder(goldens / path) for name, path in DISTRIBUTED.items()}
+    model = torch.load(goldens / SINGLE["float16"], weights_only=False)["model"]
+    trees["order"] = {key: place for place, key in enumerate(model)}
     trees["buffer"] = json.loads((goldens / BUFFER).read_text())["buffer"]
     trees["args"] = {
         key: type(value).__name__

@@ -2,7 +2,7 @@
 #   make demo      a tiny model through every stage, with the core dependencies alone
 #   make test      format, lint, types and all tests (what CI runs)
 #   make bench     the throughput and memory table
-#   make golden    manifests of tests/golden rebuilt from GOLDENS (holds mlm, mcore and nemo: the official tools' outputs)
+#   make golden    manifests of tests/golden rebuilt from GOLDENS (holds mlm, mcore, nemo and vlm: the official tools' outputs)
 #   make goldens   every output in GOLDENS converted and compared, as tables
 
 PYTHON  ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -47,12 +47,14 @@ bench: $(VENV)/.stamp
 
 golden: $(VENV)/.stamp
 	$(BIN)/python tools/make_manifests.py $(GOLDENS)/mlm
+	$(BIN)/python tools/make_vlm_manifests.py $(GOLDENS)/vlm
 
 goldens: $(VENV)/.stamp
 	@status=0; \
 	$(BIN)/python tools/run_goldens.py $(GOLDENS)/mlm || status=1; \
 	$(BIN)/python tools/run_goldens.py $(GOLDENS)/mcore || status=1; \
 	$(BIN)/python tools/golden_nemo.py $(GOLDENS)/nemo || status=1; \
+	$(BIN)/python tools/golden_vlm.py $(GOLDENS)/vlm || status=1; \
 	exit $$status
 
 clean:

@@ -12,6 +12,7 @@ from ckptconv.errors import UsageError
 from ckptconv.formats import Request
 from ckptconv.huggingface.family_config import family_named, family_of, read_config
 from ckptconv.huggingface.files import CONFIG, side_files
+from ckptconv.huggingface.told import told_fields
 from ckptconv.mapping import Mapping
 from ckptconv.mapping_files import chosen, families
 from ckptconv.source import Source, whole
@@ -34,9 +35,11 @@ def find(given: Path | None, hf: Path | None, request: Request) -> Beside:
         return Beside()
     raw = json_file.read(path)
     mapping = family(request) or family_of(raw, [*families(), *request.mappings], str(path))
-    config = replace(read_config(raw, str(path), chosen(mapping.name, request.mappings)), family=mapping.name)
     folder = path.parent if path.name == CONFIG else None
     files = side_files(folder) if folder is not None else {}
+    if given is None and "layers" in told_fields(mapping):  # the family's weights say what it is, no config does
+        return Beside(files={**files, CONFIG: whole(str(path))})
+    config = replace(read_config(raw, str(path), chosen(mapping.name, request.mappings)), family=mapping.name)
     label = "the config given" if given is not None else f"{hf.name if hf else ''}/{CONFIG}"
     return Beside(config, label, given is not None, {**files, CONFIG: whole(str(path))})
 

@@ -87,6 +87,7 @@ def vocab_rows(config: ModelConfig, topology: Topology, multiple: int) -> int:
 
 def save(stored: Stored, wanted: int | str | None, request: Request, form: Form) -> Plan:
     """All files. The tracker is written last: a folder without it is no checkpoint to Megatron."""
+    refuse_half_a_state(stored)
     step = step_to_write(wanted, stored.extras.step)
     subject = Subject(
         stored.config, stored.topology, form.core, stored.config.dtype or FP32, divisor(stored.extras, request), form.local,
@@ -103,6 +104,16 @@ def save(stored: Stored, wanted: int | str | None, request: Request, form: Form)
         ],
     }
     return Plan(tuple(files), about=about)
+
+
+def refuse_half_a_state(stored: Stored) -> None:
+    """Slots without the settings that go with them would be lost."""
+    slots = sorted({key.slot for tensors in stored.ranks.values() for key in tensors} - {"param"})
+    if slots and stored.extras.training is None:
+        raise ConfigError(
+            f"there is optimizer state ({', '.join(slots)}), but no param groups and no count of updates go with it: "
+            "a run cannot go on from that; --optimizer drop leaves it out"
+        )
 
 
 def step_to_write(wanted: int | str | None, source: int | str | None) -> int | str:

@@ -165,25 +165,25 @@ def split_ranks(contents: Sequence[RankContent]) -> list[RankContent]:
 
 def with_extra_state(extra: ExtraState, tensors: Dict[str, Tensor], *, last: bool) -> dict[str, object]:
     """A chunk's tensors with the `_extra_state` entries of their modules, part by part."""
-    if is_vision(tensors):
-        return _beside_linears(tensors, extra)
+    if is_vision(tensors):  # Megatron's own converters of towers write no entries for its local modules
+        return dict(tensors) if extra.te is None else _beside_linears(tensors)
     if not is_multimodal(tensors):
         return extra.beside(tensors, last=last)
     out: dict[str, object] = {}
     for prefix in (LANGUAGE, VISION, PROJECTOR):
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        beside = extra.beside(own, last=last) if prefix == LANGUAGE else _beside_linears(own, extra)
+        beside = extra.beside(own, last=last) if prefix == LANGUAGE else _beside_linears(own)
         out |= {prefix + name: value for name, value in beside.items()}
     return out
 
 
-def _beside_linears(tensors: Dict[str, Tensor], extra: ExtraState) -> dict[str, object]:
-    """Megatron's own converters of towers put None beside every linear layer, and its models ignore these entries."""
+def _beside_linears(tensors: Dict[str, Tensor]) -> dict[str, object]:
+    """None beside every linear layer, as the modules' state_dict has it."""
     out: dict[str, object] = {}
     for name, tensor in tensors.items():
         out[name] = tensor
         module, _, kind = name.rpartition(".")
-        if extra.te is not None and kind == "weight" and module.endswith(LINEAR):
+        if kind == "weight" and module.endswith(LINEAR):
             out[f"{module}.{EXTRA_STATE}"] = None
     return out
 

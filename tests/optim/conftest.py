@@ -30,11 +30,12 @@ RUNS = {  # name -> (model, layout, bf16, distributed optimizer)
 
 @dataclass(frozen=True)
 class Trained:
-    """An uninterrupted run, and what it saved on its way."""
+    """An uninterrupted run, and what it saved on its way: rank files, and a distributed checkpoint of the same state."""
 
     run: Run
     steps: list[Step]
     folder: Path
+    distributed: Path
 
 
 Get = Callable[[str], Trained]
@@ -49,7 +50,8 @@ def trained(hf: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
         if name not in made:
             kind, layout, bf16, distributed = RUNS[name]
             run, folder = Run(hf(kind), layout, bf16, distributed), tmp_path_factory.mktemp(name)
-            made[name] = Trained(run, train_and_save(run, folder), folder)
+            again = folder / "distributed"
+            made[name] = Trained(run, train_and_save(run, folder / "ranks", again), folder / "ranks", again)
         return made[name]
 
     return get

@@ -19,8 +19,8 @@ from tests.optim.conftest import Trained
 Array = NDArray[Any]
 
 
-def moved(there: Trained, run: Run, out: Path, **wishes: Any) -> Path:
-    """The checkpoint of one run as another run of the same model wants it."""
+def moved(there: Trained, run: Run, out: Path, source: Path | None = None, **wishes: Any) -> Path:
+    """The checkpoint of one run (its rank files, or `source`) as another run of the same model wants it."""
     layout = run.layout
     options: dict[str, Any] = {"distributed_optimizer": run.distributed, "transformer_impl": "local"}
     if there.run.config["model_type"] == "mixtral":
@@ -32,7 +32,7 @@ def moved(there: Trained, run: Run, out: Path, **wishes: Any) -> Path:
         "ep": layout.ep,
         "etp": layout.etp or layout.tp,
     }
-    return converted(there.folder, out, **degrees, vocab_divisor=run.divisor, saver_options=options, **wishes)
+    return converted(source or there.folder, out, **degrees, vocab_divisor=run.divisor, saver_options=options, **wishes)
 
 
 def converted(source: Path, out: Path, **wishes: Any) -> Path:

@@ -10,24 +10,27 @@ import torch
 from tests.judge.dist_write import Form, megatron_args
 from tests.judge.fill import read_whole
 from tests.judge.judge import named, rank_folder
-from tests.judge.optim import SAVED_AT, STEPS, Run, Step, Trainer, _ranks
+from tests.judge.optim import PLAIN, SAVED_AT, STEPS, Run, Step, Trainer, _ranks
 
 RANK_FILE, FLAT_FILE, NAMED = "model_optim_rng.pt", "distrib_optim.pt", "by_name.pt"
 
 
-def train_and_save(run: Run, folder: Path) -> list[Step]:
-    """Steps of an uninterrupted run, which after SAVED_AT of them saves its state."""
+def train_and_save(run: Run, folder: Path, distributed: Path) -> list[Step]:
+    """Steps of an uninterrupted run, which after SAVED_AT of them saves its state, once more as a distributed checkpoint."""
     _, whole = read_whole(run.hf, run.layout, run.divisor)
-    saved = folder / f"iter_{SAVED_AT:07d}"
+    saved, again = folder / f"iter_{SAVED_AT:07d}", distributed / f"iter_{SAVED_AT:07d}"
+    again.mkdir(parents=True)
 
     def job() -> list[Step]:
         trainer = RankTrainer(run, whole)
         steps = [trainer.step(number) for number in range(SAVED_AT)]
         trainer.save_rank(saved / rank_folder(run.layout))
+        trainer.save("fully_reshardable" if run.distributed else PLAIN, again)
         return steps + [trainer.step(number) for number in range(SAVED_AT, STEPS)]
 
     steps = _ranks(run.layout, job)[0]
-    (folder / "latest_checkpointed_iteration.txt").write_text(str(SAVED_AT))
+    for place in (folder, distributed):
+        (place / "latest_checkpointed_iteration.txt").write_text(str(SAVED_AT))
     return steps
 
 

@@ -142,6 +142,28 @@ def test_each_process_files_what_it_has_gathered(trained: Get, tmp_path: Path) -
         assert [path for path in ours if not same(ours[path], theirs[path])] == []
 
 
+@pytest.mark.ranks
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("name", RUNS)
+def test_a_distributed_checkpoint_gives_the_rank_files_of_the_same_state(
+    name: str, trained: Get, tmp_path: Path
+) -> None:
+    """Both saved by Megatron-Core in one go: tensors, numbers, groups, schedule."""
+    there = trained(name)
+    out = moved(there, there.run, tmp_path / "out", there.distributed, saver="mcore")
+    for path in sorted(there.folder.rglob("*.pt")):
+        if path.name == NAMED:
+            continue
+        theirs, ours = (
+            leaves(torch.load(file, weights_only=False)) for file in (path, out / path.relative_to(there.folder))
+        )
+        compared = {
+            key for key in ours if key != "/args" and not key.startswith("/rng_state")
+        }  # these runs' rank files have none
+        assert compared == theirs.keys() - {"/args"}
+        assert [key for key in compared if not same(ours[key], theirs[key])] == []
+
+
 def read(folder: Path, place: str = "mp_rank_00", file: str = RANK_FILE) -> Any:
     return torch.load(folder / "iter_0000002" / place / file, weights_only=False)
 

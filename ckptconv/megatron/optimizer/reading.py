@@ -12,7 +12,6 @@ from ckptconv.errors import FormatError
 from ckptconv.megatron.folders import OPTIMIZER_FILES
 from ckptconv.megatron.grid import Process
 from ckptconv.megatron.optimizer import buffers, lists
-from ckptconv.megatron.optimizer.agreement import OF_LAYOUT as OF_LAYOUT
 from ckptconv.megatron.optimizer.agreement import agreed, without_copies
 from ckptconv.megatron.optimizer.entries import Entry, entries, settings_of
 from ckptconv.megatron.optimizer.lists import Slot

@@ -16,6 +16,8 @@ def no_collecting() -> Iterator[None]:
         yield
     finally:
         if was_on:
+            gc.freeze()  # and back: all that was made counts as old, and the next look at new objects does not take it for new
+            gc.unfreeze()
             gc.enable()
 
 

@@ -36,7 +36,7 @@ def moved(there: Trained, run: Run, out: Path, source: Path | None = None, **wis
 
 
 def converted(source: Path, out: Path, **wishes: Any) -> Path:
-    """Given the true vocabulary: all rows were trained."""
+    """Without waiting for the disk."""
     ckptconv.convert(source, out, execute_options=ckptconv.ExecuteOptions(durable=False), **wishes)
     return out
 

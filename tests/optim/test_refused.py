@@ -186,3 +186,13 @@ def test_hugging_face_files_have_no_place_for_it(golden: Path, tmp_path: Path) -
     assert saved["args"].no_save_optim is True
     assert "optimizer" not in saved
     assert not list(ranks.rglob(FLAT_FILE))
+
+
+def narrow_moments(saved: Saved) -> None:
+    for held in inner(saved)["state"].values():
+        held["exp_avg"] = held["exp_avg"].bfloat16()
+
+
+def test_moments_of_another_dtype(lists: Path, tmp_path: Path) -> None:
+    told = refused(lists, tmp_path, narrow_moments)
+    assert "[exp_avg] bf16" in told

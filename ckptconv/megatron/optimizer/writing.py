@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping as Dict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 
 from ckptconv.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER, Key, Stored, TrainingState
 from ckptconv.dtypes import FP32, DType
@@ -18,7 +17,6 @@ from ckptconv.megatron.versions import Core
 from ckptconv.nodes import Fill
 from ckptconv.tensor import Tensor
 from ckptconv.topology import Rank, Topology
-from ckptconv.values import Cast
 
 GROUPS_ALIGNED, GROUPS_SORTED = (0, 14), (0, 16)  # since when all ranks have all groups, and in one order
 Names = Dict[Process, Sequence[Sequence[str]]]
@@ -76,22 +74,21 @@ class Writer:
     def chain(self, process: Process) -> list[bool]:
         """The optimizers of a process: of experts or not. Newer versions make one even where there are none of its parameters."""
         everywhere = self.filing.core.version >= GROUPS_ALIGNED
-        held = {m.expert for m in self.members[process]} | (
-            {expert for expert, _ in self.kinds} if everywhere else set()
-        )
-        return sorted(held)
+        experts = any(m.expert for m in self.members[process]) or (everywhere and (True, True) in self.kinds)
+        return [False, True] if experts else [False]
 
     def entry(self, process: Process, expert: bool) -> dict[object, object]:
-        groups, own = self.groups(process, expert), self.own(process, expert)
-        updates, fused = self.training.updates, self.fused
+        groups, updates = self.groups(process, expert), self.training.updates
         saved: dict[object, object]
         if self.filing.distributed:
             saved = {"optimizer": {"param_groups": [{**group, "step": updates} for group in groups]}}
         else:
-            saved = lists.write(groups, own, self.slots(process, own), updates, fused)
+            own = self.own(process, expert)
+            slots = self.slots(process, own)
+            inner = lists.write(groups, own, slots, updates, self.fused)
             if not self.half:
-                return saved
-            saved = {"optimizer": saved, "fp32_from_fp16_params": lists.masters(groups, own, self.slots(process, own))}
+                return inner
+            saved = {"optimizer": inner, "fp32_from_fp16_params": lists.masters(groups, own, slots)}
         return saved | ({} if self.training.grad_scaler is None else {"grad_scaler": self.training.grad_scaler})
 
     @property
@@ -106,7 +103,7 @@ class Writer:
         """The param groups in the order in which a run makes them: as its parameters come, before versions sorted them."""
         kinds = list(dict.fromkeys(m.decays for m in self.own(process, expert)))
         if self.filing.core.version >= GROUPS_ALIGNED:
-            kinds += [decays for e, decays in sorted(self.kinds, reverse=True) if e == expert and decays not in kinds]
+            kinds += sorted({decays for e, decays in self.kinds if e == expert} - set(kinds), reverse=True)
         if self.filing.core.version >= GROUPS_SORTED:
             kinds.sort(reverse=True)
         return [{"is_expert_parallel": expert, **self.settings[decays]} for decays in kinds]
@@ -117,7 +114,7 @@ class Writer:
             return None
         bucket = buffers.bucket_size(self.filing.args, process[0])
         parts = [
-            buffers.write(own, self.slots(process, own), self.grads, bucket) if self.files(process, expert) else None
+            buffers.write(own, self.slots(process, own), self.grads, bucket) if self.gathers(process, expert) else None
             for expert in self.chain(process)
             for own in [self.own(process, expert)]
         ]
@@ -130,8 +127,8 @@ class Writer:
         bf16 = self.stored.config.dtype is not None and self.stored.config.dtype.name == "bf16"
         return FP32 if told is True or (told is None and bf16) else None
 
-    def files(self, process: Process, expert: bool) -> bool:
-        """Whether a process is the first of those that hold the same parameters: that one has gathered their state."""
+    def gathers(self, process: Process, expert: bool) -> bool:
+        """Whether a process is the first of those that hold the same parameters: that one saves the state of all."""
         t, (_, tp, ep) = self.topology, process
         number = next(i for i in range(t.processes_per_stage) if (i % t.tp, i // t.etp % t.ep) == (tp, ep))
         return number < (t.etp * t.ep if expert else t.tp)
@@ -139,16 +136,16 @@ class Writer:
     def slots(self, process: Process, members: Sequence[Member]) -> dict[Slot, Tensor]:
         """Every slot of these members. An fp32 weight is its own master; before the first update moments are zero."""
         slots: dict[Slot, Tensor] = {}
-        for chunk, held in groupby(members, key=lambda member: member.chunk):
-            rank = self.rank(process, chunk)
-            for member in held:
-                weight = rank[Key(member.name)]
-                slots[member, MASTER] = rank.get(
-                    Key(member.name, MASTER),
-                    weight if weight.dtype == FP32 else weight.map(Cast(weight.dtype, FP32), FP32),
-                )
-                for slot in (EXP_AVG, EXP_AVG_SQ):
-                    slots[member, slot] = rank.get(Key(member.name, slot), Fill(member.shape, FP32))
+        for member in members:
+            rank = self.rank(process, member.chunk)
+            zero = Fill(member.shape, FP32)
+            slots[member, MASTER] = rank.get(Key(member.name, MASTER), rank[Key(member.name)])
+            slots[member, EXP_AVG] = rank.get(Key(member.name, EXP_AVG), zero)
+            slots[member, EXP_AVG_SQ] = rank.get(Key(member.name, EXP_AVG_SQ), zero)
+        if unlike := sorted({f"{m.name} [{slot}] {t.dtype}" for (m, slot), t in slots.items() if t.dtype != FP32}):
+            raise ConfigError(
+                f"optimizer state is fp32 in these files, but {len(unlike)} tensors are not: {', '.join(unlike[:4])}"
+            )
         return slots
 
 

@@ -77,6 +77,7 @@ class ModelConfig:
     projection: int = 0  # entries of CLIP's shared space; 0: there is no projection into it
     inputs: int = 0  # of a projector: entries of what comes in
     linear: bool = False  # a projector of one layer
+    newline: bool = False  # LLaVA-NeXT's learned end of a row of tiles, beside its projector
     towers: dict[str, ModelConfig] = field(default_factory=dict)
     raw: dict[str, object] = field(default_factory=dict)
 

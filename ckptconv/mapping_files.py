@@ -91,9 +91,9 @@ def _build(name: str, path: Path, chain: tuple[str, ...], families: tuple[str, .
     if name in chain:
         raise MappingError(f"mappings extend each other in a circle: {' -> '.join([*chain, name])}")
     raw, parts = _completed(_read(path), families, name)
-    parent = _parent(raw, path, (*chain, name))
+    parent = _parent(raw, path, (*chain, name), () if parts else families)
+    parts = parts or (parent.parts if parent else ())
     stack = tuple(dict.fromkeys([*(parent.stack if parent else ()), *named(raw, "stack", str(path))]))
-    below = [*([parent] if parent else []), *(_used(block, (*chain, name)) for block in _using(raw))]
     mapping = Mapping(
         name=name,
         vocabulary=_vocabulary(raw, parent, str(path)),
@@ -107,7 +107,7 @@ def _build(name: str, path: Path, chain: tuple[str, ...], families: tuple[str, .
         match={**(parent.match if parent else {}), **_table(raw, "match", path)},
         config=_merged(parent.config if parent else {}, _table(raw, "config", path)),
         cut=_merged_dimensions(_below("cut", parent, raw, (*chain, name)), _table(raw, "cut", path)),
-        deal=_merged_dimensions([m.deal for m in below], _table(raw, "deal", path)),
+        deal=_merged_dimensions(_below("deal", parent, raw, (*chain, name)), _table(raw, "deal", path)),
         excess=_strings(_table(raw, "excess", path)) or _joined(_below("excess", parent, raw, (*chain, name))),
         parts=parts,
         aliases={**(parent.aliases if parent else {}), **_strings(_table(raw, "aliases", path))},
@@ -134,9 +134,11 @@ def _completed(
     listed = raw.get("block", [])
     blocks = [b for b in listed if isinstance(b, dict)] if isinstance(listed, list) else []
     opened = [b for b in blocks if "config" in b]
-    if families and len(families) != len(opened):
-        raise MappingError(f"{name} has {len(opened)} parts to choose, {len(families)} are given: {', '.join(families)}")
-    given = dict(zip(map(id, opened), families or [None] * len(opened), strict=True))
+    if families and len(families) != len(opened) and (opened or "extends" not in raw):
+        raise MappingError(
+            f"{name} has {len(opened)} parts to choose, {len(families)} are given: {', '.join(families)}"
+        )
+    given = dict(zip(map(id, opened), families or [None] * len(opened), strict=bool(opened)))
     parts = tuple(Part(str(b.get("scope", "")), str(b.get("use", "")), str(b["config"]), given[id(b)]) for b in opened)
     for part in parts:
         if part.family is not None and not fnmatchcase(part.family, part.use):
@@ -145,14 +147,16 @@ def _completed(
     return ({**raw, "block": kept} if opened else raw), parts
 
 
-def _parent(raw: dict[str, object], path: Path, chain: tuple[str, ...]) -> Mapping | None:
+def _parent(raw: dict[str, object], path: Path, chain: tuple[str, ...], families: tuple[str, ...]) -> Mapping | None:
+    """What it extends; where all open parts are that mapping's, the families are for them."""
     name = raw.get("extends")
     if name is None:
         return None
     beside = path.parent / f"{name}.toml"
     if str(name) not in mapping_paths() and not beside.exists():
         raise MappingError(f"{path}: extends {name!r}, which is not known; known: {', '.join(sorted(mapping_paths()))}")
-    return _build(str(name), mapping_paths()[str(name)][1] if str(name) in mapping_paths() else beside, chain)
+    file = mapping_paths()[str(name)][1] if str(name) in mapping_paths() else beside
+    return _build(str(name), file, chain, families)
 
 
 @cache
@@ -286,14 +290,13 @@ def _merged(parent: dict[str, object], own: dict[str, object]) -> dict[str, obje
     return out
 
 
-def _below(
-    table: str, parent: Mapping | None, raw: dict[str, object], chain: tuple[str, ...]
-) -> list[dict[str, str]]:
-    """What the parent and the mappings we use say of axes: those of a tower, under the tower's name."""
+def _below(table: str, parent: Mapping | None, raw: dict[str, object], chain: tuple[str, ...]) -> list[dict[str, str]]:
+    """What the parent and the mappings we use say in a table: of a tower under its name, but that towers are dealt out to nothing."""
     below = [getattr(parent, table)] if parent else []
     for block in _using(raw):
         under = f"{block['scope']}." if "scope" in block else ""
-        below.append({under + axis: how for axis, how in getattr(_used(block, chain), table).items()})
+        if not (under and table == "deal"):
+            below.append({under + name: how for name, how in getattr(_used(block, chain), table).items()})
     return below
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Container, Iterable
 from collections.abc import Mapping as Dict
@@ -13,11 +11,10 @@ from pathlib import Path
 from ckptconv.canonicalize import canonicalize
 from ckptconv.checkpoint import Checkpoint, Extras, Key, Stored, Target
 from ckptconv.config import ModelConfig
-from ckptconv.containers import json_file, safetensors
+from ckptconv.containers import json_file
 from ckptconv.containers.dcp_metadata import NAME as METADATA
 from ckptconv.containers.folder import inside
 from ckptconv.dialect import detect, prefix_of
-from ckptconv.dtypes import UINT8
 from ckptconv.errors import CkptconvError, ConfigError, UsageError
 from ckptconv.formats import Request, refuse_more_than_weights
 from ckptconv.huggingface.config_codecs import Table
@@ -25,17 +22,19 @@ from ckptconv.huggingface.family_config import (
     USAGE,
     check_fits,
     config_text,
-    entries,
+    dummy_heads,
     family_named,
     family_of,
+    is_family,
+    needs_config,
     own_section,
     read_config,
+    with_families,
     with_rows,
     write_config,
 )
 from ckptconv.huggingface.files import (
     CONFIG,
-    INDEX,
     folder_of,
     has_weights,
     is_side_file,
@@ -43,16 +42,16 @@ from ckptconv.huggingface.files import (
     read_weights,
     side_files,
 )
+from ckptconv.huggingface.folder_write import copied, final, weight_files
+from ckptconv.huggingface.sections import DTYPES, of_parts, part_mapping, with_image_token
 from ckptconv.huggingface.template import as_family, as_template
-from ckptconv.leaves import contiguous
 from ckptconv.mapping import Mapping
 from ckptconv.mapping_files import chosen, families, family_names
-from ckptconv.plan import File, Plan, Segment
+from ckptconv.plan import Plan
 from ckptconv.sizes import parse_size
 from ckptconv.source import Source, whole
-from ckptconv.tensor import Tensor
 from ckptconv.topology import Rank, Topology, even
-from ckptconv.tower_passes import vision_tower
+from ckptconv.tower_passes import VISION, vision_tower
 
 ALONE = ("", "vision_model.", "radio_model.")  # prefixes that the classes of vision towers read
 SHARD_FLAG = "--saver.max-shard-size"
@@ -91,6 +90,16 @@ class HfSave:
     template: Path | None = field(
         default=None, metadata={"help": "Hugging Face folder whose config.json and tokenizer to start from"}
     )
+    family: str | None = field(
+        default=None,
+        metadata={"help": "family to write, if another than the source's (of several parts: llava(mistral,clip))"},
+    )
+    image_token: int | None = field(
+        default=None,
+        metadata={
+            "help": "id of the token that stands for a piece of an image (default: the family's, or the source's)"
+        },
+    )
     prefix: str | None = field(
         default=None,
         metadata={"help": "what all names of a vision tower begin with: vision_model. (transformers 4) or nothing (5)"},
@@ -125,7 +134,10 @@ class Hf:
         named = family_named(request.family, request.mappings)
         config_file = _config_file(folder, options.config, named)
         raw = json_file.read(config_file) if config_file.exists() else {}
-        family = named or family_of(raw, [*families(), *request.mappings], str(config_file))
+        known = [*families(), *request.mappings]
+        family = (
+            with_families(named, raw, known, str(config_file)) if named else family_of(raw, known, str(config_file))
+        )
         mapping = chosen(family.name, request.mappings)
         weights = read_weights(folder, request.check)
         shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
@@ -158,23 +170,33 @@ class Hf:
             raise ConfigError(
                 f"how many of the embedding's {config.vocab_rows} rows are real is not known: give --vocab-size"
             )
-        origin = checkpoint.origin.variant if checkpoint.origin.format == self.name else frozenset[str]()
+        like = checkpoint.origin if checkpoint.origin.format == self.name else donor.origin if donor else None
+        origin = like.variant if like else frozenset[str]()
         variant = frozenset(_written(group, origin, config, options) for group in mapping.variants)
         _refuse_other_prefix(options, variant, mapping)
-        tower = vision_tower(config)
-        heads = tower.true_heads if tower and checkpoint.origin.format != self.name else None
+        heads = self._heads(checkpoint, mapping)
         return Target(mapping, variant, even(config.layers), rows, heads=heads, config=config, donor=donor)
+
+    def _heads(self, checkpoint: Checkpoint, mapping: Mapping) -> int | None:
+        """As many as the class asks for; a tower alone keeps the dummy ones that its file has."""
+        tower = vision_tower(checkpoint.config)
+        if tower is None:
+            return None
+        if mapping.parts:
+            return (tower.true_heads or tower.heads) + dummy_heads(mapping)
+        return tower.true_heads if checkpoint.origin.format != self.name else None
 
     def _completed(
         self, checkpoint: Checkpoint, mapping: Mapping, options: HfSave, request: Request
     ) -> tuple[ModelConfig, Checkpoint | None]:
         """A vision tower with what its source does not tell, and the model of the template to take its absent parts from."""
         config, extras = checkpoint.config, checkpoint.extras
-        if config.kind != "vision":
+        if (tower := vision_tower(config)) is None:
             return config, None
         if options.template is None:
-            told = CONFIG in extras.files or "hf_config" in extras.objects
-            return config if told else as_family(config, mapping), None
+            beside = CONFIG in extras.files or "hf_config" in extras.objects
+            told = tower.raw or (tower is config and beside)
+            return config if told else as_family(config, part_mapping(mapping, VISION)), None
         path = _template_config(options.template)
         if has_weights(options.template):
             asked = Request(family=mapping.name, mappings=request.mappings)
@@ -187,18 +209,22 @@ class Hf:
         start = _start(stored, options, request)
         text = stored.config.kind == "text"
         config, kept = _as_template(stored, start) if text and options.template is not None else (stored.config, [])
+        if config.towers and start.base is not None:
+            config = _keeping_dtype(config, start.base, stored)
         table, changes = write_config(config, start.base, stored.mapping)
+        table = with_image_token(table, stored.mapping, config.vocab_rows, options.image_token)
+        changes = changes or ([f"image token: {options.image_token}"] if options.image_token is not None else [])
         config_json = start.text if start.text is not None and not changes else config_text(table)
         (tensors,) = stored.ranks.values()
         files = weight_files({k.name: t for k, t in tensors.items()}, parse_size(options.max_shard_size, SHARD_FLAG))
-        files += [_copy(name, source) for name, source in sorted(start.files.items())]
-        files.append(_final(CONFIG, config_json))
+        files += [copied(name, source) for name, source in sorted(start.files.items())]
+        files.append(final(CONFIG, config_json))
         about: dict[str, object] = {"config_changes": [*changes, *kept], "config_untrusted": list(start.untrusted)}
         return Plan(tuple(files), about=about)
 
     def usage(self, stored: Stored, dst: str, options: HfSave) -> str:
-        if stored.config.kind == "vision":
-            return _tower_usage(stored, dst)
+        if USAGE in stored.mapping.config or stored.config.kind == "vision":
+            return _said_usage(stored, dst)
         names = {name for name in stored.extras.files if name.startswith(("tokenizer", "vocab", "spiece"))}
         lines = [
             f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if names else ''}",
@@ -229,7 +255,7 @@ def _refuse_other_prefix(options: HfSave, variant: Iterable[str], mapping: Mappi
         )
 
 
-def _tower_usage(stored: Stored, dst: str) -> str:
+def _said_usage(stored: Stored, dst: str) -> str:
     """As the family's mapping says; else by the class of transformers that config.json names."""
     if (said := stored.mapping.config.get(USAGE)) is not None:
         return str(said).replace("DST", repr(dst)).rstrip()
@@ -241,9 +267,9 @@ def _tower_usage(stored: Stored, dst: str) -> str:
 
 def _family(config: ModelConfig, options: HfSave, request: Request) -> str:
     """The family to write: as asked for, else the source's, else the template's."""
-    if (named := family_named(request.family, request.mappings)) is not None:
-        return named.name
-    if config.family in (*family_names(), *(m.name for m in request.mappings)):
+    if (named := family_named(options.family or request.family, request.mappings)) is not None:
+        return of_parts(named, config).name
+    if "(" in config.family or config.family in (*family_names(), *(m.name for m in request.mappings)):
         return config.family
     if options.template is None:
         raise ConfigError(
@@ -260,7 +286,7 @@ def _config_file(folder: Path, given: Path | None, family: Mapping | None) -> Pa
     """config.json of the checkpoint, or the one the user points to. A family that it says nothing of needs none."""
     if given is None:
         if not os.path.lexists(folder / CONFIG):
-            if family is not None and not entries(family):
+            if family is not None and not needs_config(family):
                 return folder / CONFIG
             raise ConfigError(
                 f"{folder}: no {CONFIG}, so the architecture is not known; give --loader.config FOLDER|FILE"
@@ -296,6 +322,8 @@ def _start(stored: Stored, options: HfSave, request: Request) -> _Start:
         text = json_file.read_bytes(path)
         files = {**files, **side_files(options.template)}
         return _from_text(text, str(path), files, stored, request)
+    if stored.config.towers and not is_family(stored.config.raw, stored.mapping):
+        return _Start(None, None, files)  # joined here: each part brings its own config
     if (source := stored.extras.files.get(CONFIG)) is not None:
         text = json_file.read_bytes(source)
         return _from_text(text, source.path, files, stored, request)
@@ -303,7 +331,7 @@ def _start(stored: Stored, options: HfSave, request: Request) -> _Start:
     if isinstance(beside, dict):
         return _Start(_checked(beside, "the hf/ folder of the source", stored, request), None, files)
     untrusted = UNTRUSTED.get(stored.config.kind, ())
-    if not entries(stored.mapping):
+    if not needs_config(stored.mapping):
         return _Start(None, None, files)
     if options.config_from_args and request.family is not None:
         return _Start(None, None, files, untrusted)
@@ -335,6 +363,13 @@ def _as_template(stored: Stored, start: _Start) -> tuple[ModelConfig, list[str]]
     return replace(stored.config, **{n: getattr(theirs, n) for n in differing}), lines
 
 
+def _keeping_dtype(config: ModelConfig, base: Table, stored: Stored) -> ModelConfig:
+    """A model whose parts have several dtypes keeps what its config.json says, as long as some tensors are of that."""
+    said = {base[key] for key in DTYPES if key in base}
+    held = {tensor.dtype.torch for tensors in stored.ranks.values() for tensor in tensors.values()}
+    return replace(config, dtype=None) if said & held else config
+
+
 def _checked(base: Table, where: str, stored: Stored, request: Request) -> Table:
     """A config.json of another family would describe another model."""
     own = stored.mapping.match.get("model_type")
@@ -344,48 +379,3 @@ def _checked(base: Table, where: str, stored: Stored, request: Request) -> Table
             f"({own!r}); give a config.json of the same family, or say the family with --family"
         )
     return base
-
-
-def split(tensors: Dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
-    """Shards as huggingface_hub makes them: in order, greedily; a tensor above the limit has its own shard at once."""
-    shards: list[dict[str, Tensor]] = []
-    current: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors.items():
-        if tensor.nbytes > limit:
-            shards.append({name: tensor})
-            continue
-        if size + tensor.nbytes > limit:
-            shards.append(current)
-            current, size = {}, 0
-        current[name] = tensor
-        size += tensor.nbytes
-    return shards + ([current] if current else [])
-
-
-def weight_files(tensors: Dict[str, Tensor], limit: int) -> list[File]:
-    """The weight files, and their index if there are several."""
-    shards = split(tensors, limit)
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    files = [safetensors.layout(name, shard, {"format": "pt"}) for name, shard in zip(names, shards, strict=True)]
-    if len(shards) == 1:
-        return files
-    index = {
-        "metadata": {
-            "total_parameters": sum(math.prod(t.shape) for t in tensors.values()),
-            "total_size": sum(t.nbytes for t in tensors.values()),
-        },
-        "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
-    }
-    return [*files, _final(INDEX, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())]
-
-
-def _final(path: str, text: bytes) -> File:
-    return File(path, len(text), (Segment(0, text),), final=True)
-
-
-def _copy(name: str, source: Source) -> File:
-    body: Iterable[Segment] = [Segment(0, contiguous(source, (source.nbytes,), UINT8), name)] if source.nbytes else []
-    return File(name, source.nbytes, tuple(body))

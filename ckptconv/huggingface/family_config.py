@@ -19,17 +19,18 @@ from typing import Any
 
 from ckptconv.config import ModelConfig, Rope
 from ckptconv.errors import ConfigError, MappingError, UsageError
+from ckptconv.huggingface import sections
 from ckptconv.huggingface.config_codecs import ABSENT, Codec, Entry, Fields, Section, Table, plain
 from ckptconv.huggingface.config_codecs import CODECS as TEXT_CODECS
 from ckptconv.huggingface.told import TOLD, told, told_fields
 from ckptconv.huggingface.tower_codecs import TOWER_CODECS
 from ckptconv.mapping import Mapping
-from ckptconv.mapping_files import chosen, family_names
+from ckptconv.mapping_files import chosen, family_names, with_parts
 from ckptconv.tensor import Shape, Tensor
 
 CODECS: dict[str, Codec] = {**TEXT_CODECS, **TOWER_CODECS}
 SECTION, USAGE = "section", "usage"
-NO_FIELDS = ("default", "const", TOLD, SECTION, USAGE)
+NO_FIELDS = ("default", "const", TOLD, SECTION, USAGE, *sections.TABLES, *sections.KEYS)
 MAX_INDEX = 8192  # layers or experts: a file that claims more is lying, and would cost its number in memory
 MAX_SIZE = 1 << 40
 NOT_HELD = {"family", "raw", "vocab", "vocab_rows", "dtype", "experts", "moe_ffn", "router_topk", "true_heads", "image"}
@@ -40,10 +41,10 @@ REQUIRED = [f.name for f in fields(ModelConfig) if f.default is MISSING and f.de
 
 
 def family_of(raw: Table, mappings: Sequence[Mapping], where: str = "config.json") -> Mapping:
-    """The family whose `match` this config.json fulfils."""
-    for mapping in mappings:
-        if mapping.match and all(_matches(raw.get(key), wanted) for key, wanted in mapping.match.items()):
-            return mapping
+    """The family whose `match` this config.json fulfils, the one that asks most of it; with the families of its parts."""
+    fitting = [m for m in mappings if is_family(raw, m)]
+    if fitting:
+        return with_families(max(fitting, key=lambda m: len(m.match)), raw, mappings, where)
     known = ", ".join(f"{m.match.get('model_type', '?')} ({m.name})" for m in mappings if m.match)
     found = f"model_type is {raw['model_type']!r}" if "model_type" in raw else "there is no model_type"
     raise ConfigError(
@@ -52,14 +53,36 @@ def family_of(raw: Table, mappings: Sequence[Mapping], where: str = "config.json
     )
 
 
+def is_family(raw: Table, mapping: Mapping) -> bool:
+    """Whether a config.json is one of the family's."""
+    return bool(mapping.match) and all(_matches(raw.get(key), wanted) for key, wanted in mapping.match.items())
+
+
+def with_families(mapping: Mapping, raw: Table, known: Sequence[Mapping], where: str) -> Mapping:
+    """The mapping of a model of several parts with the family of each."""
+    if all(part.family for part in mapping.parts):
+        return mapping
+
+    def by_type(section: Table, there: str) -> Mapping:
+        return family_of(section, [m for m in known if not m.parts], there)
+
+    return with_parts(mapping, sections.part_families(raw, mapping, known, where, by_type))
+
+
 def family_named(name: str | None, given: Sequence[Mapping]) -> Mapping | None:
-    """The family that --family names, with or without its prefix, among those known and the user's own."""
+    """The family that --family names, with or without its prefix, among those known and the user's own.
+
+    One of several parts may be followed by theirs: llava(mistral,clip).
+    """
     if name is None:
         return None
     known = list(dict.fromkeys([*family_names(), *(m.name for m in given)]))
-    for full in (name, f"hf-{name}"):
+    whole, _, parts = name.removesuffix(")").partition("(")
+    for full in (whole, f"hf-{whole}"):
         if full in known:
-            return chosen(full, [m for m in given if m.name == full])
+            found = chosen(full, [m for m in given if m.name == full])
+            named = [family_named(part.strip(), given) for part in parts.split(",") if parts]
+            return with_parts(found, [m.name for m in named if m]) if named else found
     raise UsageError(f"--family {name}: no such family; known: {', '.join(known)}")
 
 
@@ -85,6 +108,8 @@ def read_config(raw: Table, where: str, mapping: Mapping, shapes: Dict[str, Shap
         raise ConfigError(
             f"{where}: quantization_config is there: quantised weights are not supported yet; use the original ones"
         )
+    if mapping.parts:
+        return sections.read(raw, where, mapping, shapes, read_config)
     section, known, problems = Section(raw, where), dict(_fixed(mapping)), list[str]()
     for entry in entries(mapping):
         if problems and entry.codec not in ("rename", "read_only"):
@@ -145,15 +170,23 @@ def write_config(config: ModelConfig, base: Table | None, mapping: Mapping) -> t
     config.json is made, in the spelling of transformers 4, which 5 reads as well.
     """
     check_fits(config, mapping)
+    if mapping.parts:
+        nested = tuple(part.config for part in mapping.parts)
+        return _in_order(sections.write(config, base, mapping, write_config), base, nested)
     fresh = base is None
     out: Table = _from_nothing(mapping) if base is None else copy.deepcopy(base)
     known = {name: getattr(config, name) for name in KINDS}
     for entry in entries(mapping):
         if fresh or not _says(out, entry, known):
             CODECS[entry.codec].write(out, entry, config, fresh=fresh)
+    return _in_order(out, base)
+
+
+def _in_order(out: Table, base: Table | None, nested: Sequence[str] = ()) -> tuple[Table, list[str]]:
+    """With what it says differently from `base`, of `nested` tables key by key."""
     if base is None or list(base) == sorted(base):
         out = dict(sorted(out.items()))
-    return out, [] if base is None else _changes(base, out)
+    return out, [] if base is None else _changes(base, out, nested)
 
 
 def _says(out: Table, entry: Entry, known: Table) -> bool:
@@ -175,11 +208,18 @@ def _from_nothing(mapping: Mapping) -> Table:
     return {**const, **(dict.fromkeys(TOKENS) if "vocab_rows" in mapping.config else {})}
 
 
-def _changes(base: Table, out: Table) -> list[str]:
+def _changes(base: Table, out: Table, nested: Sequence[str] = (), under: str = "") -> list[str]:
     def text(table: Table, key: str) -> str:
         return json.dumps(table[key]) if key in table else "(absent)"
 
-    return [f"{k}: {text(base, k)} -> {text(out, k)}" for k in {**base, **out} if text(base, k) != text(out, k)]
+    lines = []
+    for key in {**base, **out}:
+        a, b = base.get(key), out.get(key)
+        if key in nested and isinstance(a, dict) and isinstance(b, dict):
+            lines += _changes(a, b, under=f"{key}.")
+        elif text(base, key) != text(out, key):
+            lines.append(f"{under}{key}: {text(base, key)} -> {text(out, key)}")
+    return lines
 
 
 def config_text(table: Table) -> bytes:
@@ -189,6 +229,9 @@ def config_text(table: Table) -> bytes:
 
 def check_fits(config: ModelConfig, mapping: Mapping) -> None:
     """Refuse an architecture that a family has no words for, with everything that does not fit."""
+    if mapping.parts:
+        sections.parts_that_fit(config, mapping, check_fits)
+        return
     table = entries(mapping)
     keyed, fixed = {e.field for e in table} | told_fields(mapping), _fixed(mapping)
     problems = []
@@ -243,6 +286,18 @@ def _entry(name: str, row: object, mapping: Mapping) -> Entry:
             f"{where}: expected a key of config.json, or a table with a codec ({', '.join(CODECS)}), found {row!r}"
         )
     return Entry(name, KINDS[name], key, codec, fixed_or_default(mapping).get(name, ABSENT), tuple(given.items()))
+
+
+def needs_config(mapping: Mapping) -> bool:
+    """Whether a config.json says anything of the family's models."""
+    return bool(mapping.parts or entries(mapping))
+
+
+def dummy_heads(mapping: Mapping) -> int:
+    """How many attention heads the class adds to those of its vision section."""
+    count = mapping.config.get(sections.DUMMIES, 0)
+    assert isinstance(count, int)
+    return count
 
 
 def fixed_or_default(mapping: Mapping) -> Table:

@@ -9,6 +9,7 @@ from ckptconv.config import ModelConfig
 from ckptconv.errors import ConfigError
 from ckptconv.huggingface.family_config import fixed_or_default
 from ckptconv.mapping import Mapping
+from ckptconv.tower_passes import VISION
 
 # what neither Megatron's files of a tower nor shapes tell: settings, and parts that Megatron's towers lack
 SETTINGS = ("norm_eps", "activation")
@@ -17,7 +18,18 @@ SIZES = ("layers", "hidden", "head_dim", "ffn", "patch", "max_positions")
 
 
 def as_template(config: ModelConfig, theirs: ModelConfig) -> ModelConfig:
-    """The tower with what the template's config says of it; both must be of one size."""
+    """A tower, or that of a larger model, with what the template's config says of it; both must be of one size."""
+    if not config.towers:
+        return _tower(config, theirs)
+    if VISION not in theirs.towers:
+        raise ConfigError(f"--saver.template: {theirs.family} has no vision tower, the checkpoint has one")
+    towers = {**config.towers, VISION: _tower(config.towers[VISION], theirs.towers[VISION])}
+    if "projector" in towers and "projector" in theirs.towers:
+        towers["projector"] = replace(towers["projector"], newline=theirs.towers["projector"].newline)
+    return replace(config, towers=towers)
+
+
+def _tower(config: ModelConfig, theirs: ModelConfig) -> ModelConfig:
     for name in SIZES:
         if getattr(config, name) != getattr(theirs, name):
             raise ConfigError(
@@ -27,7 +39,9 @@ def as_template(config: ModelConfig, theirs: ModelConfig) -> ModelConfig:
 
 
 def as_family(config: ModelConfig, mapping: Mapping) -> ModelConfig:
-    """The tower with the settings that the family has when nothing is said, and the norm behind it, if the family has one."""
+    """The tower, or that of a larger model, with the settings that its family has when nothing is said, and the norm behind it, if any."""
+    if config.towers:
+        return replace(config, towers={**config.towers, VISION: as_family(config.towers[VISION], mapping)})
     usual: dict[str, Any] = fixed_or_default(mapping)
     settings = {name: usual[name] for name in SETTINGS if name in usual}
     return replace(config, **settings, final_norm=usual.get("final_norm", True))

@@ -62,6 +62,19 @@ class TrueHeads(Rename):
         out[entry.key] = config.true_heads or config.heads
 
 
+class Side(Rename):
+    """The side of a square: one number, or the same twice."""
+
+    def read(self, section: Section, entry: Entry, known: Fields) -> object:
+        value = section.get(entry.key)
+        if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
+            return Section({"side": value[0]}, section.where).typed("side", entry.kind)
+        return super().read(section, entry, known)
+
+    def write(self, out: Table, entry: Entry, config: ModelConfig, *, fresh: bool) -> None:
+        out[entry.key] = [getattr(config, entry.field)] * 2
+
+
 class NormType:
     """The kind of norm, as InternViT's files call it."""
 
@@ -98,6 +111,7 @@ TOWER_CODECS: dict[str, Codec] = {
     "hidden_per_head": Derived(_hidden_per_head),
     "patch_grid": Derived(_patch_grid),
     "true_heads": TrueHeads(),
+    "side": Side(),
     "norm_type": NormType(),
     "clip_class": ClipClass(),
 }

@@ -64,6 +64,26 @@ TOWERS = {  # class of transformers -> what its config says
     "SiglipVisionModel": VISION,
     "SiglipModel": {"vision_config": VISION, "text_config": TEXT},
 }
+JOINED = {**COMMON, "hidden_size": 48, "head_dim": 16}
+WHOLE: dict[str, dict[str, Any]] = {  # a vision tower, a projector and a language model: kind -> what its config says
+    "Llava": {
+        "vision_config": {"model_type": "clip_vision_model", **VISION},
+        "text_config": {"model_type": "llama", **JOINED},
+        "image_token_index": 130,
+    },
+    "LlavaNext": {
+        "vision_config": {"model_type": "clip_vision_model", **VISION},
+        "text_config": {"model_type": "mistral", **JOINED, "sliding_window": None},
+        "image_token_index": 130,
+        "image_grid_pinpoints": [[20, 40], [40, 20]],
+    },
+    "InternVL": {
+        "vision_config": {**VISION, "image_size": [24, 24], "patch_size": [4, 4], "use_qk_norm": True},
+        "text_config": {"model_type": "qwen2", **JOINED},
+        "image_token_id": 130,
+        "tie_word_embeddings": False,
+    },
+}
 KINDS = {
     "llama": Kind("Llama"),
     "llama-mha": Kind("Llama", {"num_key_value_heads": 4}),
@@ -105,6 +125,34 @@ def make_tower(folder: Path, kind: str, *, seed: int = 1234, **over: Any) -> Pat
     model = _randomized(model_class(model_class.config_class(**{**TOWERS[kind], **over})), seed)
     model.save_pretrained(folder)
     return folder
+
+
+def make_whole(folder: Path, kind: str, *, seed: int = 1234, **over: Any) -> Path:
+    """Save a seeded model of several parts: one of `WHOLE`. Gives the folder back."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(**{**WHOLE[kind], **over})
+    _randomized(getattr(transformers, f"{kind}ForConditionalGeneration")(config), seed).save_pretrained(folder)
+    return folder
+
+
+def whole_logits(folder: Path, kind: str) -> NDArray[np.float32]:
+    """The logits of an image and a sentence behind it, which transformers computes in fp32 from a folder."""
+    import torch
+    import transformers
+
+    model = _loaded(getattr(transformers, f"{kind}ForConditionalGeneration"), folder)
+    side, more, tokens = (24, {}, 9) if kind == "InternVL" else (20, {}, 25)
+    pixels = torch.from_numpy(images(side)[:1])
+    if kind == "LlavaNext":  # two tiles and the whole, with an end of each row
+        pixels, more, tokens = (
+            pixels.repeat(1, 3, 1, 1, 1).reshape(1, 3, 3, side, side),
+            {"image_sizes": torch.tensor([[20, 40]])},
+            80,
+        )
+    ids = torch.cat([torch.full((1, tokens), 130), torch.from_numpy(token_ids(1, vocab=130))], 1)
+    with torch.no_grad():
+        return model(input_ids=ids, pixel_values=pixels, **more).logits.numpy()  # type: ignore[no-any-return]
 
 
 def _randomized(model: Any, seed: int) -> Any:

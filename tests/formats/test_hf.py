@@ -23,7 +23,8 @@ from ckptconv.checkpoint import Extras, Stored
 from ckptconv.dtypes import BF16, FP32
 from ckptconv.errors import ConfigError, FormatError, TopologyError, UsageError
 from ckptconv.formats import Request
-from ckptconv.formats.hf import Hf, HfLoad, HfSave, split, weight_files
+from ckptconv.formats.hf import Hf, HfLoad, HfSave
+from ckptconv.huggingface.folder_write import split, weight_files
 from ckptconv.localize import localize
 from ckptconv.nodes import Fill
 from ckptconv.plan import Late, Plan

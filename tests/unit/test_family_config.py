@@ -355,7 +355,9 @@ def test_unknown_family_lists_those_known(table: dict[str, Any]) -> None:
 def test_every_family_describes_its_config(mapping: Any) -> None:
     assert mapping.match
     said = {e.field for e in entries(mapping)}
-    if mapping.config["default"].get("kind", "text") == "text":
+    if mapping.parts:
+        assert {part.scope for part in mapping.parts} == {"", "vision"}
+    elif mapping.config["default"].get("kind", "text") == "text":
         assert {"layers", "hidden", "heads", "vocab_rows", "rope", "dtype"} <= said
     else:
         assert {"layers", "hidden", "max_positions", "patch"} <= said | told_fields(mapping)

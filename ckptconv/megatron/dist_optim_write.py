@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Mapping as Dict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ckptconv.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER, STATE, Key, Stored, TrainingState
 from ckptconv.dtypes import FP32
@@ -16,7 +16,7 @@ from ckptconv.errors import ConfigError
 from ckptconv.leaves import full
 from ckptconv.megatron.optimizer.members import Settings, has_decay
 from ckptconv.megatron.optimizer.writing import keeps_rng
-from ckptconv.megatron.saving import carried
+from ckptconv.megatron.saving import carried, refuse_half_a_state
 from ckptconv.megatron.versions import Core, show
 from ckptconv.nodes import Fill
 from ckptconv.tensor import Tensor
@@ -32,19 +32,41 @@ EXPERTS = ".experts.experts."
 
 
 @dataclass(frozen=True, slots=True)
-class Filing:
+class OptimizerForm:
     """`distributed`: the optimizer that loads it is; `experts_apart`: experts have one of their own, as with expert parallelism."""
 
     core: Core
     distributed: bool
     experts_apart: bool
 
-    def check(self) -> None:
-        if self.distributed and self.core.version < FULLY_SINCE:
-            raise ConfigError(
-                f"Megatron-Core {show(self.core.version)} does not know the form {FULLY} of the distributed optimizer: give "
-                f"--saver.mcore-version {show(FULLY_SINCE)} or newer, or --saver.distributed-optimizer false, or --optimizer drop"
-            )
+    @property
+    def metadata(self) -> dict[str, object]:
+        return SAID | (SAID_DISTRIBUTED if self.distributed else {})
+
+
+@dataclass(frozen=True, slots=True)
+class Filed:
+    """What goes where: tensors and objects by key, entries of common.pt, and words of its `content_metadata`."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    objects: dict[str, object] = field(default_factory=dict)
+    common: dict[object, object] = field(default_factory=dict)
+    metadata: dict[str, object] = field(default_factory=dict)
+
+
+def filed(stored: Stored, form: OptimizerForm) -> Filed:
+    """The training state of a checkpoint, which may have none."""
+    refuse_half_a_state(stored)
+    training = stored.extras.training
+    if training is None:
+        return Filed()
+    if form.distributed and form.core.version < FULLY_SINCE:
+        raise ConfigError(
+            f"Megatron-Core {show(form.core.version)} does not know the form {FULLY} of the distributed optimizer: give "
+            f"--saver.mcore-version {show(FULLY_SINCE)} or newer, or --saver.distributed-optimizer false, or --optimizer drop"
+        )
+    tensors = dict(_tensors(stored.ranks[Rank()], form))
+    return Filed(tensors, _generators(stored, training), _common(stored, training, form), form.metadata)
 
 
 def experts_apart(stored: Stored, asked: bool | None) -> bool:
@@ -56,17 +78,15 @@ def experts_apart(stored: Stored, asked: bool | None) -> bool:
     return known if isinstance(known, bool) else isinstance(ep, int) and ep > 1
 
 
-def tensors(held: Dict[Key, Tensor], filing: Filing) -> Iterator[tuple[str, Tensor]]:
+def _tensors(held: Dict[Key, Tensor], form: OptimizerForm) -> Iterator[tuple[str, Tensor]]:
     """Every weight's slots. An fp32 weight is its own master, and before the first update moments are zero."""
-    master = "param" if filing.distributed else "fp32_param"
+    master = "param" if form.distributed else "fp32_param"
     for name, weight in ((key.name, tensor) for key, tensor in held.items() if key.slot == "param"):
         first = (
-            f"chained_{int(EXPERTS in name)}."
-            if filing.experts_apart and filing.core.version < KEYS_SHARED_SINCE
-            else ""
+            f"chained_{int(EXPERTS in name)}." if form.experts_apart and form.core.version < KEYS_SHARED_SINCE else ""
         )
         for slot in STATE:
-            if slot == MASTER and weight.dtype == FP32 and not filing.distributed:
+            if slot == MASTER and weight.dtype == FP32 and not form.distributed:
                 continue
             key = f"{first}optimizer.state.{master if slot == MASTER else slot}.{name}"
             yield key, held.get(Key(name, slot)) or _implied(slot, weight)
@@ -78,32 +98,29 @@ def _implied(slot: str, weight: Tensor) -> Tensor:
     return weight if weight.dtype == FP32 else weight.map(Cast(weight.dtype, FP32), FP32)
 
 
-def common(stored: Stored, training: TrainingState, filing: Filing) -> dict[object, object]:
+def _common(stored: Stored, training: TrainingState, form: OptimizerForm) -> dict[object, object]:
     """The entries of common.pt."""
-    chain = [_entry(stored, training, filing, experts=e) for e in ((False, True) if filing.experts_apart else (False,))]
+    chain = [_entry(stored, training, form, experts=e) for e in ((False, True) if form.experts_apart else (False,))]
     optimizer: dict[object, object] = dict(enumerate(chain)) if len(chain) > 1 else chain[0]
     return {"optimizer": optimizer, **({"opt_param_scheduler": training.scheduler} if training.scheduler else {})}
 
 
-def generators(stored: Stored) -> dict[str, object]:
-    """The objects of random-number generators, where the layout is that of the source: one process."""
-    training, topology = stored.extras.training, stored.topology
-    if training is None or not keeps_rng(training, topology):
-        return {}
-    return {
-        f"rng_state/shard_{pp}.{tp}_{topology.pp}.{topology.tp}": state for (pp, tp, _), state in training.rng.items()
-    }
+def _generators(stored: Stored, training: TrainingState) -> dict[str, object]:
+    """States of random-number generators, where the layout is that of the source: one process."""
+    pps, tps = stored.topology.pp, stored.topology.tp
+    held = training.rng if keeps_rng(training, stored.topology) else {}
+    return {f"rng_state/shard_{pp}.{tp}_{pps}.{tps}": state for (pp, tp, _), state in held.items()}
 
 
-def _entry(stored: Stored, training: TrainingState, filing: Filing, *, experts: bool) -> dict[object, object]:
+def _entry(stored: Stored, training: TrainingState, form: OptimizerForm, *, experts: bool) -> dict[object, object]:
     """One optimizer. FusedAdam, which alone corrects its bias by a setting, counts updates in groups, as all that are distributed."""
     fused = any("bias_correction" in settings for settings in training.groups)
-    step: Settings = {"step": training.updates} if fused or filing.distributed else {}
+    step: Settings = {"step": training.updates} if fused or form.distributed else {}
     groups = [
         {**settings, "is_expert_parallel": experts, **step} for settings in _groups(stored, training, experts=experts)
     ]
     scaler: dict[object, object] = {} if training.grad_scaler is None else {"grad_scaler": training.grad_scaler}
-    if filing.distributed:
+    if form.distributed:
         return {"optimizer": {"param_groups": groups}, "param_state_sharding_type": FULLY, **scaler}
     state = {} if fused or not training.updates else {"common_step": full((), FP32, training.updates)}
     inner: dict[object, object] = {"param_groups": groups, "state": state}

@@ -15,12 +15,14 @@ from ckptconv.containers.pickled import Namespace
 from ckptconv.dtypes import FP32
 from ckptconv.errors import UsageError
 from ckptconv.formats import Request
-from ckptconv.megatron import dist_optim_write, run_config
+from ckptconv.megatron import run_config
 from ckptconv.megatron.args_table import Subject
 from ckptconv.megatron.args_write import notes, write_args
 from ckptconv.megatron.dist_loading import COMMON, TELLING, TORCH_DIST, ZARR
 from ckptconv.megatron.dist_objects import objects
+from ckptconv.megatron.dist_optim_write import Filed, OptimizerForm, experts_apart, filed
 from ckptconv.megatron.folders import RELEASE, TRACKER, iteration_name
+from ckptconv.megatron.measure import LAYER
 from ckptconv.megatron.optimizer.writing import left_out
 from ckptconv.megatron.saving import (
     CHECKPOINT_VERSION,
@@ -63,14 +65,13 @@ def save(stored: Stored, step: int | str | None, request: Request, form: Form, f
     number = step_to_write(step, stored.extras.step)
     folder = iteration_name(number)
     stacked = "l" in stored.mapping.stack
-    training = _training(stored, form, filing)
-    entries = {**objects(stored.config, form.extra, stacked=stacked), **dist_optim_write.generators(stored)}
-    whole = {key.name: tensor for key, tensor in tensors.items() if key.slot == "param"}
-    if training:
-        whole |= dist_optim_write.tensors(tensors, training)
+    apart = experts_apart(stored, filing.experts_apart)
+    state = filed(stored, OptimizerForm(form.core, "distributed" in form.written(stored), apart))
+    entries = {**objects(stored.config, form.extra, stacked=stacked), **state.objects}
+    whole = {key.name: tensor for key, tensor in tensors.items() if key.slot == "param"} | state.tensors
     plan: list[File] = [
         *layout(f"{folder}/", whole, entries, filing, stacked=stacked),
-        _common(stored, number, request, form, training, stacked=stacked),
+        _common(stored, number, request, form, state, stacked=stacked),
         *hf_files(stored.extras),
         *(
             [final_file(f"{folder}/{run_config.NAME}", run_config.render(stored, form, stored.config.dtype or FP32))]
@@ -90,37 +91,15 @@ def save(stored: Stored, step: int | str | None, request: Request, form: Form, f
     return Plan(tuple(plan), about=about)
 
 
-def _training(stored: Stored, form: Form, filing: Filing) -> dist_optim_write.Filing | None:
-    """How training state is filed, if there is any."""
-    if stored.extras.training is None:
-        return None
-    apart = dist_optim_write.experts_apart(stored, filing.experts_apart)
-    training = dist_optim_write.Filing(form.core, "distributed" in form.written(stored), apart)
-    training.check()
-    return training
-
-
-def _common(
-    stored: Stored,
-    number: int | str,
-    request: Request,
-    form: Form,
-    training: dist_optim_write.Filing | None,
-    *,
-    stacked: bool,
-) -> File:
+def _common(stored: Stored, number: int | str, request: Request, form: Form, state: Filed, *, stacked: bool) -> File:
     """What every process has alike. `content_metadata` tells Megatron-Core 0.13 and newer how keys are made."""
     said: dict[str, object] = {"singleton_local_shards": False, "non_homogeneous_layers": not stacked}
-    optimizer: dict[object, object] = {}
-    if training and stored.extras.training:
-        said |= dist_optim_write.SAID | (dist_optim_write.SAID_DISTRIBUTED if training.distributed else {})
-        optimizer = dist_optim_write.common(stored, stored.extras.training, training)
     saved: dict[object, object] = {
         "args": written_args(stored, request, form),
         "checkpoint_version": CHECKPOINT_VERSION,
         "iteration": 0 if number == RELEASE else number,
-        "content_metadata": said,
-        **optimizer,
+        "content_metadata": said | state.metadata,
+        **state.common,
     }
     return torch_write.layout(f"{iteration_name(number)}/{COMMON}", saved)
 
@@ -173,7 +152,8 @@ def _zarr(
 
 def _chunk(key: str, tensor: Tensor, filing: Filing, stacked: bool) -> Shape:
     """The shape of a tensor's chunks: one for each layer and each expert that its leading axes number."""
-    leading = 0 if filing.whole else (stacked and ".layers." in key) + (".experts.experts." in key)
+    layers = stacked and ".layers." in key and not LAYER.search(key)  # the image encoder of NeVA has numbered ones
+    leading = 0 if filing.whole else layers + (".experts.experts." in key)
     return (*(1 for _ in range(leading)), *tensor.shape[leading:])
 
 

@@ -40,6 +40,7 @@ CASES = {
     "plain-experts": Case("mixtral", Layout(ep=2), (PLAIN,)),
     "old": Case("llama", Layout(tp=2, dp=2), (OLD,)),
     "old-experts": Case("mixtral", Layout(ep=2, dp=2), (OLD,)),
+    "old-plain": Case("mixtral", Layout(ep=2), (PLAIN,)),
     "old-zarr": Case(
         "llama", Layout(tp=2, dp=2), (OLD,), backend="zarr"
     ),  # ranks write their parts of a chunk by turns

@@ -10,11 +10,13 @@ import pytest
 
 import ckptconv
 from ckptconv.checkpoint import EXP_AVG, Key, TrainingState
+from ckptconv.containers import dcp
 from ckptconv.errors import CkptconvError, ConfigError, FormatError
 from ckptconv.megatron import dist_optim, dist_optim_flat
 from ckptconv.megatron.args_read import ArgsLayout
 from ckptconv.megatron.dist_optim_groups import training_state
 from ckptconv.tensor import Tensor
+from tests.judge.judge import iteration_folder
 from tests.judge.optim import PLAIN, SAVED_AT, Step, generators, resume
 from tests.judge.ranks import Layout
 from tests.mcore_dist.optim_runs import BUCKETS, CASES, FULLY, ZERO, Get, Trained
@@ -114,6 +116,15 @@ def test_it_goes_on_with_another_optimizer(
     run = replace(there.run, layout=layout, distributed=distributed)
     steps = resume(run, converted(there, form, tmp_path / "ours", **options))
     assert close(steps, there.steps[SAVED_AT:], EXACT)
+
+
+def test_keys_for_012_are_those_it_saves_itself(trained: Get, tmp_path: Path) -> None:
+    """Which name the member of the chain that they are of."""
+    there = trained("old-plain")
+    ours = converted(there, PLAIN, tmp_path / "ours", mcore_version="0.12")
+    keys = [set(dcp.read(iteration_folder(folder)).tensors) for folder in (ours, there.places[PLAIN])]
+    assert keys[0] == keys[1]
+    assert {key.partition(".")[0] for key in keys[0]} >= {"chained_0", "chained_1"}
 
 
 def test_experts_come_together(trained: Get, tmp_path: Path) -> None:

@@ -77,7 +77,9 @@ def test_state_that_is_not_the_models_is_refused(
 
     def other(folder: Path) -> Any:
         found = read(folder)
-        tensors = {new or key if key == old else key: entry for key, entry in found.tensors.items() if new or key != old}
+        tensors = {
+            new or key if key == old else key: entry for key, entry in found.tensors.items() if new or key != old
+        }
         return replace(found, tensors=tensors)
 
     monkeypatch.setattr(dcp, "read", other)

@@ -5,6 +5,7 @@ Only the mean of rows, where one is asked for, reads bytes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -139,6 +140,8 @@ def _with_rows(checkpoint: Checkpoint, rows: int, row_of: RowOf, mapping: Mappin
     true = config.vocab if config.vocab is not None else config.vocab_rows
 
     def one(key: Key, tensor: Tensor) -> Tensor:
+        if config.vocab_rows not in tensor.shape:  # most: their names need no looking up
+            return tensor
         for axis in vocabulary_axes(key, mapping):
             kept = tensor.narrow(axis, 0, true)
             tensor = kept
@@ -162,8 +165,9 @@ def with_vocabulary(checkpoint: Checkpoint, vocab: int | None) -> Checkpoint:
 
 def mean_dtype(checkpoint: Checkpoint) -> DType | None:
     """The dtype most parameters are stored in, by bytes."""
-    total: dict[DType, int] = {}
-    for key, tensor in checkpoint.tensors.items():
-        if key.slot == "param" and tensor.dtype.is_float:
-            total[tensor.dtype] = total.get(tensor.dtype, 0) + tensor.nbytes
-    return max(total, key=lambda d: total[d]) if total else None
+    total = Counter[DType]()
+    for (_, slot), tensor in checkpoint.tensors.items():
+        if slot == "param":
+            total[tensor.dtype] += tensor.nbytes
+    floats = [dtype for dtype in total if dtype.is_float]
+    return max(floats, key=lambda dtype: total[dtype]) if floats else None

@@ -55,6 +55,8 @@ def _with_heads(name: str, tensor: Tensor, tower: ModelConfig, true: int, heads:
 def put_back(checkpoint: Checkpoint, target: Target, source: Mapping) -> Checkpoint:
     """What the source's dialect has no place for, and the target's has, taken from the model that the target brings along."""
     config = target.config or checkpoint.config
+    if not source.omit:
+        return replace(checkpoint, config=config)
     expected = [name for name, _ in target.mapping.vocabulary.expected(config)]
     absent = [
         name

@@ -44,12 +44,13 @@ class ExtraState:
         if not self.legacy:
             tensors = {name: tensors[name] for name in sorted(tensors, key=position)}
         out: dict[str, object] = {}
-        ends = {_module(name): name for name in tensors}
+        modules = {name: _module(name) for name in tensors}
+        ends = {module: name for name, module in modules.items()}
         for name, tensor in tensors.items():
             out |= self._before(name, out)
             out[name] = tensor
-            if ends[_module(name)] == name:
-                out |= self._after(_module(name))
+            if ends[modules[name]] == name:
+                out |= self._after(modules[name])
         if last and not self.legacy:
             out.setdefault(f"output_layer.{NAME}", None)
         return out

@@ -22,6 +22,7 @@ Settings = dict[str, object]
 _EXPERT = re.compile(r"\.experts\.")
 _EMBEDDING = re.compile(r"(?:^|\.)(?:word_embeddings(?:_for_head)?|output_layer)\.weight$")
 _QK_NORM = re.compile(r"\.[qk]_layernorm\.")
+FROZEN = {"freeze_LM": "language_model.", "freeze_ViT": "vision_model."}  # args of multimodal training
 _WEIGHT_DECAY = ("wd_mult", "pre_wd_mult", "weight_decay")  # Megatron, NeMo, files older than wd_mult
 
 
@@ -46,15 +47,21 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What the membership depends on beside name and shape."""
+    """What the membership depends on beside name and shape. `frozen`: how the names of parameters begin that are not trained."""
 
     experts_apart: bool
     embedding_apart: bool
     norms_of_qk_decay: bool = False
+    frozen: tuple[str, ...] = ()
 
     def members(self, chunks: Sequence[Dict[str, Tensor]]) -> list[Member]:
         """Of all model chunks of a process, whose tensors stand in the order of the modules."""
-        return [self._member(i, name, t) for i, chunk in enumerate(chunks) for name, t in chunk.items()]
+        return [
+            self._member(i, name, t)
+            for i, chunk in enumerate(chunks)
+            for name, t in chunk.items()
+            if not name.startswith(self.frozen)
+        ]
 
     def _member(self, chunk: int, name: str, tensor: Tensor) -> Member:
         return Member(
@@ -75,7 +82,8 @@ class Rules:
 
 def rules(config: ModelConfig, topology: Topology, args: Dict[str, object]) -> Rules:
     """Of a run with these args."""
-    return Rules(topology.ep > 1, config.tied and topology.pp > 1, args.get("apply_wd_to_qk_layernorm") is True)
+    frozen = tuple(prefix for name, prefix in FROZEN.items() if args.get(name) is True)
+    return Rules(topology.ep > 1, config.tied and topology.pp > 1, args.get("apply_wd_to_qk_layernorm") is True, frozen)
 
 
 def has_decay(settings: Settings) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ckptconv.checkpoint import Stored
 from ckptconv.formats import ReadOnly, Request
-from ckptconv.nemo import distributed, lightning
+from ckptconv.nemo import distributed, lightning, model_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,9 @@ class Lightning(ReadOnly):
     def sniff(self, path: Path) -> bool:
         if path.is_file():
             return path.suffix == lightning.SUFFIX
-        return path.is_dir() and any(any(f.glob(f"*{lightning.SUFFIX}")) for f in lightning.rank_folders(path))
+        if not path.is_dir() or (path / model_config.NAME).exists():  # an unpacked archive has rank folders too
+            return False
+        return any(any(folder.glob(f"*{lightning.SUFFIX}")) for folder in lightning.rank_folders(path))
 
     def load(self, path: Path, options: LightningLoad, request: Request) -> Stored:
         if path.is_dir() and distributed.is_distributed(path):

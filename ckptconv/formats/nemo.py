@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping as Dict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ckptconv.checkpoint import Checkpoint, Stored, Target
 from ckptconv.config import ModelConfig
 from ckptconv.errors import TopologyError, UsageError
 from ckptconv.formats import Request
+from ckptconv.mapping import Mapping
 from ckptconv.mapping_files import chosen
 from ckptconv.megatron.dist_loading import TORCH_DIST, ZARR
 from ckptconv.megatron.dist_saving import Filing
 from ckptconv.megatron.extra_state import ExtraState
-from ckptconv.megatron.saving import vocab_rows
 from ckptconv.megatron.versions import LOCAL, OLDEST, TE, Core, te_version
-from ckptconv.nemo import loading, saving
+from ckptconv.nemo import loading, neva, neva_config, saving
 from ckptconv.nemo.model_config_write import Form, refuse_inexpressible
+from ckptconv.nemo.neva import Encoder
+from ckptconv.nemo.settings import TARGET
 from ckptconv.passes import FILLS
 from ckptconv.plan import Plan
 from ckptconv.topology import Topology, even
@@ -33,6 +35,13 @@ class NemoLoad:
     scratch: Path | None = field(default=None, metadata={"help": "folder to unpack a gzip'ed archive into, once"})
     tokenizer: Path | None = field(
         default=None, metadata={"help": "sentencepiece model, where the archive has none: says the true vocabulary"}
+    )
+    vision_encoder: Path | None = field(
+        default=None,
+        metadata={"help": "Hugging Face folder of the image encoder that NeVA did not train, and so has left out"},
+    )
+    vision_heads: int | None = field(
+        default=None, metadata={"help": "attention heads of an image encoder in the file, if its sizes are not known"}
     )
     plain_rope: bool = field(
         default=False,
@@ -77,6 +86,16 @@ class NemoSave:
     te_version: str = field(
         default="1.11", metadata={"help": "TransformerEngine that loads them: decides the kind of _extra_state"}
     )
+    vision_encoder: str | None = field(
+        default=None,
+        metadata={
+            "help": "of NeVA: name or path that NeMo loads the image encoder by (default: the source's, or a published one's)"
+        },
+    )
+    frozen_vision: bool = field(
+        default=False,
+        metadata={"help": "of NeVA: leave the image encoder out, as NeMo does with one that it does not train"},
+    )
     vocab_fill: str | None = field(
         default=None,
         metadata={
@@ -105,31 +124,37 @@ class Nemo:
 
     def load(self, path: Path, options: NemoLoad, request: Request) -> Stored:
         opened = loading.open_archive(path, options.scratch, options.tokenizer, plain_rope=options.plain_rope)
-        return loading.load(path, opened, options.config, request, self.name)
+        encoder = Encoder(options.vision_encoder, options.vision_heads)
+        return loading.load(path, opened, options.config, encoder, request, self.name)
 
     def target(self, checkpoint: Checkpoint, topology: Topology, options: NemoSave, request: Request) -> Target:
         config = checkpoint.config
         form = _form(options, saving.raw(checkpoint.extras), checkpoint.origin.variant)
+        saving.refuse_alone(config, checkpoint.extras, topology)
         refuse_inexpressible(config, topology, form)
-        rows = vocab_rows(config, topology, saving.divisor(config, checkpoint.extras, request))
+        rows = saving.rows(checkpoint, topology, options.tokenizer, request)
         fill = _fill(options, config, rows)
-        if _distributed(options, form, topology, checkpoint.origin.mapping):
-            mixed = 0 < len(config.moe_layers) < config.layers
-            mapping = chosen("mcore-dist" if mixed else "mcore-dist-stacked", request.mappings)
-            return Target(mapping, frozenset({"norm_apart"}), even(config.layers), rows, fill)
-        name = "nemo-legacy" if not form.mcore else "nemo-mcore" if form.transformer_engine else "nemo-mcore-local"
-        variant = form.variant if not form.mcore else frozenset({"experts_sequential"})
-        return Target(chosen(name, request.mappings), variant, topology, rows, fill)
+        distributed = _distributed(options, form, topology, _has_ranks(checkpoint))
+        name, variant = _language(form, config, distributed=distributed)
+        mapping = chosen(name, request.mappings)
+        if neva_config.is_neva(config):
+            mapping, beginning = neva.target_mapping(config, name, checkpoint.origin.variant)
+            variant |= beginning
+        if options.frozen_vision:
+            mapping = _without_encoder(mapping)
+        return Target(mapping, variant, even(config.layers) if distributed else topology, rows, fill)
 
     def save(self, stored: Stored, options: NemoSave, request: Request) -> Plan:
         return saving.save(stored, request, _archive(stored, options))
 
     def usage(self, stored: Stored, dst: str, options: NemoSave) -> str:
+        module, _, name = (neva_config.TARGET if neva_config.is_neva(stored.config) else TARGET).rpartition(".")
         lines = [
-            "from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel",
-            f"model = MegatronGPTModel.restore_from(restore_path={dst!r}, trainer=trainer)",
+            f"from {module} import {name}",
+            f"model = {name}.restore_from(restore_path={dst!r}, trainer=trainer)",
         ]
-        return "\n".join([*lines, *(f"note: {note}" for note in saving.notes(stored, options.tokenizer))])
+        told = saving.notes(stored, options.tokenizer, _encoder(options))
+        return "\n".join([*lines, *(f"note: {note}" for note in told)])
 
 
 def _form(options: NemoSave, source: Dict[str, object], variant: frozenset[str]) -> Form:
@@ -140,6 +165,32 @@ def _form(options: NemoSave, source: Dict[str, object], variant: frozenset[str])
     if options.transformer_impl is not None:
         te = options.transformer_impl == TE
     return Form(mcore, te, not mcore and "qkv_v0" in variant, not mcore and "gate_apart" in variant)
+
+
+def _encoder(options: NemoSave) -> neva_config.Encoder:
+    return neva_config.Encoder(options.vision_encoder, options.frozen_vision)
+
+
+def _without_encoder(mapping: Mapping) -> Mapping:
+    """A mapping with no place for the image encoder."""
+    rules = tuple(rule for rule in mapping.rules if rule.scope != "vision")
+    return replace(mapping, rules=rules, omit=(*mapping.omit, "vision.*"))
+
+
+def _has_ranks(checkpoint: Checkpoint) -> bool:
+    """Whether the source is an archive with a file for each rank."""
+    language = neva.language_of(checkpoint.origin.mapping)
+    return language.startswith("nemo-mcore") or saving.has_rank_files(checkpoint.extras)
+
+
+def _language(form: Form, config: ModelConfig, *, distributed: bool) -> tuple[str, frozenset[str]]:
+    """The dialect of the language model and its variant."""
+    if distributed:
+        mixed = 0 < len(config.moe_layers) < config.layers
+        return "mcore-dist" if mixed else "mcore-dist-stacked", frozenset({"norm_apart"})
+    if not form.mcore:
+        return "nemo-legacy", form.variant
+    return "nemo-mcore" if form.transformer_engine else "nemo-mcore-local", frozenset({"experts_sequential"})
 
 
 def _fill(options: NemoSave, config: ModelConfig, rows: int) -> str:
@@ -153,12 +204,10 @@ def _fill(options: NemoSave, config: ModelConfig, rows: int) -> str:
     return options.vocab_fill or "zero"
 
 
-def _distributed(options: NemoSave, form: Form, topology: Topology, mapping: str) -> bool:
-    """Whether the weights are whole tensors in chunks."""
+def _distributed(options: NemoSave, form: Form, topology: Topology, ranks: bool) -> bool:
+    """Whether the weights are whole tensors in chunks; `ranks`: in the source they are files of ranks."""
     cut = any(topology.degree(name) != 1 for name in ("tp", "pp", "vpp", "ep", "etp"))
-    wanted = options.weights or (
-        "ranks" if cut or not form.mcore or mapping.startswith("nemo-mcore") else "distributed"
-    )
+    wanted = options.weights or ("ranks" if cut or not form.mcore or ranks else "distributed")
     if wanted == "distributed" and not form.mcore:
         raise UsageError(
             "--saver.weights distributed: NeMo has it for Megatron-Core models alone (--saver.mcore-gpt true)"
@@ -175,6 +224,13 @@ def _distributed(options: NemoSave, form: Form, topology: Topology, mapping: str
     return wanted == "distributed"
 
 
+def _is_distributed(stored: Stored, options: NemoSave, form: Form) -> bool:
+    """What `target` chose; a projector alone has the same names either way."""
+    if stored.config.kind == "projector":
+        return _distributed(options, form, stored.topology, saving.has_rank_files(stored.extras))
+    return "norm_apart" in stored.variant
+
+
 def _archive(stored: Stored, options: NemoSave) -> saving.Archive:
     """The same choices, from what was made of them."""
     form = _form(options, saving.raw(stored.extras), stored.variant)
@@ -182,8 +238,9 @@ def _archive(stored: Stored, options: NemoSave) -> saving.Archive:
     return saving.Archive(
         form,
         ExtraState(Core(OLDEST), te, "sequential", legacy=not form.mcore),
-        distributed="norm_apart" in stored.variant,
+        distributed=_is_distributed(stored, options, form),
         filing=Filing(options.backend or TORCH_DIST, 2),
         tokenizer=options.tokenizer,
+        encoder=_encoder(options),
         pack=options.pack,
     )

@@ -26,6 +26,7 @@ from ckptconv.megatron.hf_beside import Beside
 from ckptconv.nemo import omegaconf
 from ckptconv.nemo.names import prefix_of
 from ckptconv.nemo.run_state import RunState, run_state
+from ckptconv.source import Source
 from ckptconv.tensor import Tensor
 
 SHARDED_RUN = ("optimizer.", "chained_", "rng_state", "common_state")  # of a training run: these have no prefix
@@ -39,10 +40,16 @@ def is_distributed(folder: Path) -> bool:
 
 def read_common(folder: Path) -> tuple[dict[object, object], RunState]:
     """What is not cut over processes, and what of it is a training run's."""
-    saved = torch_file.read(folder / COMMON, calls=omegaconf.CALLS) if (folder / COMMON).exists() else {}
-    if not isinstance(saved, dict):
-        raise FormatError(folder / COMMON, f"holds a {type(saved).__name__}, expected a dictionary")
+    saved = common(folder / COMMON if (folder / COMMON).exists() else None, f"{folder / COMMON}")
     return saved, run_state(saved, folder / COMMON)
+
+
+def common(file: Path | Source | None, where: str) -> dict[object, object]:
+    """What `common.pt` holds; nothing where there is none."""
+    saved = torch_file.read(file, where=where, calls=omegaconf.CALLS) if file is not None else {}
+    if not isinstance(saved, dict):
+        raise FormatError(where, f"holds a {type(saved).__name__}, expected a dictionary")
+    return saved
 
 
 def load(folder: Path, saved: RunState, said: Statement | None, beside: Beside, request: Request, name: str) -> Stored:

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
-from ckptconv.checkpoint import Stored
+from ckptconv.checkpoint import Extras, Stored
 from ckptconv.containers import dcp, gzipped, json_file, tar, torch_file, zarr2
 from ckptconv.containers.dcp_metadata import NAME as METADATA
 from ckptconv.containers.ranges import HeaderReader
@@ -25,7 +25,6 @@ from ckptconv.megatron.args_read import ArgsLayout, Statement
 from ckptconv.megatron.dist_loading import (
     COMMON,
     TELLING,
-    TORCH_DIST,
     ZARR,
     Contents,
     from_whole,
@@ -37,13 +36,14 @@ from ckptconv.megatron.hf_beside import Beside
 from ckptconv.megatron.loading import Kind, from_ranks
 from ckptconv.megatron.measure import MCORE
 from ckptconv.megatron.rank_file import KNOWN, RankContent, model_tensors, state_of, step_of
-from ckptconv.nemo import artifacts, model_config
+from ckptconv.nemo import artifacts, distributed, model_config, neva
 from ckptconv.nemo.artifacts import Artifact
 from ckptconv.nemo.model_config import NemoConfig
-from ckptconv.nemo.names import LEGACY, joined_gates, prefix_of
+from ckptconv.nemo.names import LEGACY, is_legacy, joined_gates, prefix_of
+from ckptconv.nemo.neva import Encoder, Given
 from ckptconv.sizes import human
 from ckptconv.source import Source, whole
-from ckptconv.tensor import Shape, Tensor
+from ckptconv.topology import Rank
 
 WEIGHTS, DISTRIBUTED = "model_weights.ckpt", "model_weights/"
 IN_DISTRIBUTED = (METADATA, TELLING, COMMON, DIGESTS)
@@ -55,6 +55,7 @@ KINDS = {  # what a dialect says; distributed tensors have the same names with T
 }
 MAX_CONFIG, MAX_TOKENIZER = 4 << 20, 64 << 20
 TOKENIZER = "tokenizer.model"
+RANK_FILES = "nemo_rank_files"  # among the objects: the weights were filed by rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,26 @@ def content(source: Source, where: str, limit: int) -> bytes:
         return reader.read(0, source.nbytes, "its bytes")
 
 
-def load(path: Path, opened: Opened, config: Path | None, request: Request, format_name: str) -> Stored:
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What is known of a checkpoint besides its weights, and what is asked of the loader."""
+
+    path: Path
+    nemo: NemoConfig
+    said: Statement
+    beside: Beside
+    given: Given
+    request: Request
+    format: str
+
+    @property
+    def where(self) -> str:
+        return str(self.path)
+
+
+def load(
+    path: Path, opened: Opened, config: Path | None, encoder: Encoder, request: Request, format_name: str
+) -> Stored:
     """Describe the checkpoint from the headers of its members."""
     nemo, archive = opened.config, opened.archive
     tokens = content(opened.tokenizer, f"{path}!{TOKENIZER}", MAX_TOKENIZER) if opened.tokenizer else None
@@ -123,25 +143,35 @@ def load(path: Path, opened: Opened, config: Path | None, request: Request, form
     forms = _forms(archive)
     if len(forms) > 1:
         raise FormatError(path, f"holds the weights in more than one form: {' and '.join(forms)}; which of them count?")
+    told = Told(path, nemo, said, beside, neva.given(encoder, beside.config, request), request, format_name)
     inside = archive.below(DISTRIBUTED.removesuffix("/"))
-    if inside:
-        stored = _whole(path, inside, nemo, said, beside, request, format_name)
-    else:
-        contents = _ranks(path, archive, check=request.check)
-        shapes = {name: tensor.shape for rank in contents for name, tensor in rank.chunks[0].items()}
-        _refuse_without_language_model(nemo, shapes, ", ".join(forms), path)
-        stored = from_ranks(contents, said, beside, request, _kind(contents, nemo, request, format_name), path)
+    stored = _whole(inside, told) if inside else _of_ranks(_ranks(path, archive, check=request.check), told)
     referred = {a.member: archive.members[a.member] for a in opened.artifacts if a.member}
     files = {**stored.extras.files, **referred, **({TOKENIZER: opened.tokenizer} if opened.tokenizer else {})}
-    objects = {**stored.extras.objects, "nemo": nemo.raw | _kind_of(stored.mapping)}
-    notes = (*opened.notes, *nemo.notes, *stored.extras.notes, *_behind(opened))
+    filed = {} if inside else {RANK_FILES: True}
+    objects = {**stored.extras.objects, "nemo": nemo.raw | _kind_of(stored.mapping, nemo), **filed}
+    notes = (*opened.notes, *nemo.notes, *stored.extras.notes, *_behind(opened), *_frozen(stored, nemo))
     extras = replace(stored.extras, files=files, objects=objects, notes=notes)
     return replace(stored, config=replace(stored.config, dtype=nemo.dtype), extras=extras)
 
 
-def _kind_of(mapping: Mapping) -> dict[str, bool]:
+def _frozen(stored: Stored, nemo: NemoConfig) -> Iterator[str]:
+    """What of an image model is elsewhere, since it was not trained."""
+    if nemo.multimodal and stored.config.kind == "projector":
+        yield "the language model is not in the file: it was not trained (mm_cfg.llm.freeze)"
+    if nemo.multimodal and "vision" not in stored.config.towers:
+        yield (
+            f"the image encoder is not in the file: it was not trained, and NeMo takes it from {nemo.encoder_name}; "
+            f"{neva.ENCODER_FLAG} FOLDER puts it in"
+        )
+
+
+def _kind_of(mapping: Mapping, nemo: NemoConfig) -> dict[str, bool]:
     """What the names of the tensors say of the model, where the configuration may be silent or wrong."""
-    names = (mapping.name, mapping.extends)
+    if mapping.name.startswith(neva.ALONE):
+        return {"mcore_gpt": nemo.mcore is not False}
+    language = next((part.family for part in mapping.parts if not part.scope), mapping.name)
+    names = (language, mapping.name, mapping.extends)
     return next((kind for name, kind in KINDS.items() if name in names), {"mcore_gpt": True})
 
 
@@ -175,81 +205,53 @@ def _check_kind(nemo: NemoConfig, *, legacy: bool) -> None:
         raise FormatError(nemo.where, f"says mcore_gpt: {told}, yet the tensors have the names of {found}; correct one")
 
 
-def _refuse_without_language_model(nemo: NemoConfig, shapes: Dict[str, Shape], form: str, path: Path) -> None:
-    """NeVA saves what it trained: often its projector alone."""
-    if nemo.multimodal and not any(name.endswith("word_embeddings.weight") for name in shapes):
-        listed = "".join(f"\n  {name} {list(shape)}" for name, shape in sorted(shapes.items()))
-        raise FormatError(
-            path,
-            f"is an image model (NeVA) saved without its language model, which is not supported yet\n"
-            f"  {model_config.NAME}: target {nemo.raw.get('target')}\n  weights: {form}{listed}",
-        )
+def _of_ranks(contents: list[RankContent], told: Told) -> Stored:
+    """The files of ranks: a language model, with parts of NeVA in its embedding or without, or such parts alone."""
+    text, parts = neva.of_ranks(contents)
+    if not any(content.chunks[0] for content in text):
+        files, tp, pp = neva.by_rank(contents, told.said.layout, told.where)
+        _check_kind(told.nemo, legacy=any(is_legacy(content.chunks[0]) for content in contents))
+        found = {rank: parts[content.where()] for rank, content in files.items()}
+        return neva.alone(found, tp, pp, told.given, Extras(files=told.beside.files), told.format, told.where)
+    stored = from_ranks(text, told.said, told.beside, told.request, _kind(text, told), told.path)
+    found = {rank: parts[place] for rank, place in stored.places.items() if parts[place]}
+    return neva.joined(stored, found, told.given, told.where) if found or told.given.tensors else stored
 
 
-def _whole(
-    path: Path,
-    files: Dict[str, Source],
-    nemo: NemoConfig,
-    said: Statement,
-    beside: Beside,
-    request: Request,
-    format_name: str,
-) -> Stored:
+def _whole(files: Dict[str, Source], told: Told) -> Stored:
     """A distributed checkpoint inside the archive, with what its `common.pt` holds."""
-    _check_kind(nemo, legacy=False)
-    where = f"{path}!{DISTRIBUTED}"
+    where, check = f"{told.path}!{DISTRIBUTED}", told.request.check
     zarr = TELLING in files and json_file.read(files[TELLING]).get("sharded_backend") == ZARR
-    held = (
-        of_zarr(zarr2.interpret(where, files))
-        if zarr
-        else of_torch_dist(dcp.interpret(where, files), check=request.check)
-    )
-    held = _bare(held, where)
-    _refuse_without_language_model(nemo, held.shapes, f"{DISTRIBUTED} ({ZARR if zarr else TORCH_DIST})", path)
-    stored = from_whole(held, replace(said, layout=ArgsLayout()), beside, request, str(path), format_name)
-    common = _common(files, where)
+    held = of_zarr(zarr2.interpret(where, files)) if zarr else of_torch_dist(dcp.interpret(where, files), check=check)
+    stored = _of_contents(distributed.bare(held, where), told)
+    common = distributed.common(files.get(COMMON), where + COMMON)
     state = list(dict.fromkeys([*state_of(common), *stored.extras.state]))
     notes = [*stored.extras.notes]
     if strays := sorted(str(key)[:60] for key in common if key not in KNOWN or key == "args"):
         notes.append(f"left behind in {COMMON}: {', '.join(strays)}")
     if strays := sorted(name for name in files if not _is_of_backend(name, zarr=zarr)):
         notes.append(f"left behind in {DISTRIBUTED}: {', '.join(strays)}")
-    if zarr and request.check:
+    if zarr and check:
         notes.append("--check: the chunks of zarr arrays have no checksums of their own")
     step = step_of(common, Path(where + COMMON))
-    extras = replace(stored.extras, step=step, notes=tuple(notes), objects={"state": state})
-    return replace(stored, extras=extras)
+    return replace(stored, extras=replace(stored.extras, step=step, notes=tuple(notes), objects={"state": state}))
 
 
-def _common(files: Dict[str, Source], where: str) -> dict[object, object]:
-    """What is not cut over ranks: nothing, in files as NeMo writes them."""
-    saved = torch_file.read(files[COMMON], where=where + COMMON) if COMMON in files else {}
-    if not isinstance(saved, dict):
-        raise FormatError(where + COMMON, f"holds a {type(saved).__name__}, expected a dictionary")
-    return saved
+def _of_contents(held: Contents, told: Told) -> Stored:
+    """The same of whole tensors."""
+    _check_kind(told.nemo, legacy=False)
+    text, parts = neva.split(held.shapes)
+    tensors = {Rank(): held.tensors(list(parts))}
+    if parts and not text:
+        return neva.alone(tensors, 1, 1, told.given, Extras(files=told.beside.files), told.format, told.where)
+    said = replace(told.said, layout=ArgsLayout())
+    stored = from_whole(replace(held, shapes=text), said, told.beside, told.request, told.where, told.format)
+    return neva.joined(stored, tensors, told.given, told.where) if parts or told.given.tensors else stored
 
 
 def _is_of_backend(name: str, *, zarr: bool) -> bool:
     """Whether a file's place in a distributed checkpoint is known; arrays are folders, of which no file is left out."""
     return name in IN_DISTRIBUTED or (zarr and "/" in name) or (not zarr and name.endswith(dcp.SUFFIX))
-
-
-def _bare(contents: Contents, where: str) -> Contents:
-    """The same without what NeMo puts before every name of the model."""
-    prefix = prefix_of([*contents.shapes, *contents.objects], where)
-    full = {key.removeprefix(prefix): key for key in (*contents.shapes, *contents.objects)}
-
-    def tensors(keys: list[str]) -> dict[str, Tensor]:
-        found = contents.tensors([full[key] for key in keys])
-        return {key: found[full[key]] for key in keys}
-
-    return Contents(
-        {key: contents.shapes[name] for key, name in full.items() if name in contents.shapes},
-        {key: contents.objects[name] for key, name in full.items() if name in contents.objects},
-        tensors,
-        lambda key: contents.value(full[key]),
-        contents.unused,
-    )
 
 
 def _ranks(path: Path, archive: Tar, *, check: bool) -> list[RankContent]:
@@ -279,12 +281,12 @@ def _without(prefix: str, name: str) -> str:
     return name.removeprefix(prefix)
 
 
-def _kind(contents: list[RankContent], nemo: NemoConfig, request: Request, format_name: str) -> Kind:
+def _kind(contents: list[RankContent], told: Told) -> Kind:
     """Which of NeMo's models the names are of."""
-    is_legacy = any(name.startswith("language_model.") for name in contents[0].chunks[0])
-    _check_kind(nemo, legacy=is_legacy)
-    if is_legacy:
-        legacy = (chosen("nemo-legacy", request.mappings),)
-        return Kind(format_name, legacy, LEGACY, lambda _: nemo.variant, joined_gates)
-    core = (chosen("nemo-mcore", request.mappings), chosen("nemo-mcore-local", request.mappings))
-    return Kind(format_name, core, MCORE, lambda _: frozenset())
+    nemo, given = told.nemo, told.request.mappings
+    old = is_legacy(contents[0].chunks[0])
+    _check_kind(nemo, legacy=old)
+    if old:
+        return Kind(told.format, (chosen("nemo-legacy", given),), LEGACY, lambda _: nemo.variant, joined_gates)
+    core = (chosen("nemo-mcore", given), chosen("nemo-mcore-local", given))
+    return Kind(told.format, core, MCORE, lambda _: frozenset())

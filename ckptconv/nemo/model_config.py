@@ -87,6 +87,14 @@ class NemoConfig:
         """Whether there is an image encoder or its projector beside the language model (NeVA)."""
         return bool(self.raw.get("mm_cfg"))
 
+    @property
+    def encoder_name(self) -> str:
+        """Where NeMo takes the image encoder from: a name or path."""
+        match self.raw:
+            case {"mm_cfg": {"vision_encoder": {"from_pretrained": str(name)}}}:
+                return name
+        return "(not said)"
+
 
 def read(text: bytes, where: str, *, plain_rope: bool = False) -> NemoConfig:
     """The file. `plain_rope` overrules `scale_positional_embedding`, which NeMo's converters set for every llama."""
@@ -109,7 +117,7 @@ def read(text: bytes, where: str, *, plain_rope: bool = False) -> NemoConfig:
         gated="gelu_new" if gated and _flag(raw, "openai_gelu", where) else gated,
         gate_apart=gated is not None and activation in GATED and not raw.get("mcore_gpt"),
         tokenizer=dict(tokenizer) if isinstance(tokenizer, dict) else {},
-        notes=(*notes, *((f"{where}: target is {raw.get('target')}, an image model",) if raw.get("mm_cfg") else ())),
+        notes=notes,
     )  # fmt: skip
 
 

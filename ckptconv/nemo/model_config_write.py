@@ -11,7 +11,7 @@ from ckptconv.dtypes import DType
 from ckptconv.errors import ConfigError
 from ckptconv.megatron.args_read import llama3_scaling
 from ckptconv.megatron.args_table import layer_freq
-from ckptconv.nemo import yaml_file
+from ckptconv.nemo import neva_config, yaml_file
 from ckptconv.nemo.model_config import ENDS, GATED
 from ckptconv.nemo.settings import SETTINGS, TOKENIZER
 from ckptconv.topology import Topology
@@ -61,6 +61,7 @@ def write(
     *,
     divisor: int = DIVISOR,
     carried: Dict[str, object] | None = None,
+    encoder: neva_config.Encoder = neva_config.AS_SAID,
 ) -> bytes:
     """The file. `carried` is a NeMo source's own section: what says nothing of the model or these files is kept from it."""
     refuse_inexpressible(config, topology, form)
@@ -69,22 +70,24 @@ def write(
             f"NeMo has no precision for tensors of {dtype.name}; known: {', '.join(PRECISIONS)} (--dtype)"
         )
     settings: dict[str, object] = copy.deepcopy(dict(carried or SETTINGS))
-    stated = {
-        **_sizes(config, settings),
-        **_block(config, form),
-        **_positions(config),
-        **_experts(config, topology),
-        **_layout(topology),
-        **_files(form, dtype, settings),
-        **_padding(config, topology.tp, divisor, tokenizer.size),
-    }
+    stated = {**_layout(topology), **_files(form, dtype, settings)}
+    if config.kind == "text":
+        stated |= {
+            **_sizes(config, settings),
+            **_block(config, form),
+            **_positions(config),
+            **_experts(config, topology),
+        }
+        stated |= _padding(config, topology.tp, divisor, tokenizer.size)
     for key, value in stated.items():
         if value is None and key in NEVER_NULL:
             settings.pop(key, None)
         elif value is not None or key in settings:
             settings[key] = value
     settings["tokenizer"] = tokenizer.section or settings.get("tokenizer") or dict(TOKENIZER)
-    _sequence_lengths(config, settings, fresh=not carried)
+    if config.kind == "text":
+        _sequence_lengths(config, settings, fresh=not carried)
+    neva_config.adapt(settings, config, encoder)
     return yaml_file.dump(settings)
 
 
@@ -186,7 +189,7 @@ def _files(form: Form, dtype: DType, settings: Dict[str, object]) -> dict[str, o
 
 def _padding(config: ModelConfig, tp: int, divisor: int, tokens: int | None) -> dict[str, object]:
     """What makes NeMo build an embedding of exactly these rows: it pads the tokenizer's size, unless told the rows."""
-    if tokens is not None and config.vocab in (None, tokens):
+    if tokens is not None and (config.vocab or 0) <= tokens:
         for choice in (divisor, 128, 64, 32, 16, 8, 4, 2, 1):
             if -(-tokens // (choice * tp)) * choice * tp == config.vocab_rows:
                 return {"make_vocab_size_divisible_by": choice, "override_vocab_size": None}
@@ -204,8 +207,10 @@ def _sequence_lengths(config: ModelConfig, settings: dict[str, object], *, fresh
 
 def refuse_inexpressible(config: ModelConfig, topology: Topology, form: Form) -> None:
     """Models and layouts that NeMo would build otherwise: written files would be wrong."""
-    problems = [*_model_problems(config), *_layout_problems(config, topology)]
-    if not form.mcore:
+    problems = [*neva_config.problems(config), *_layout_problems(config, topology)]
+    if config.kind == "text":
+        problems += _model_problems(config)
+    if not form.mcore and config.kind == "text":
         problems += _legacy_problems(config)
     if problems:
         who = "NeMo" + ("" if form.mcore else " (legacy models, mcore_gpt false)")

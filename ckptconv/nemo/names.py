@@ -17,6 +17,9 @@ from ckptconv.tensor import Shape
 NEMO1, NEMO2 = "model.", "module."
 PREFIXES = ("model.module.", NEMO1, NEMO2)
 LEGACY = replace(MEGATRON_LEGACY, norms=("input_layernorm.",))
+# of NeVA, inside the word embedding; legacy models have that in `language_model.`
+ADAPTER, ENCODER = INSIDE = ("embedding.word_embeddings.adapter_layer.", "embedding.word_embeddings.vision_encoder.")
+_NEST = "language_model."
 _OPTIMIZER = ("optimizer.", "chained_")
 _GATE, _UP = "mlp.dense_h_to_4h.", "mlp.dense_h_to_4h_2."
 
@@ -40,3 +43,23 @@ def joined_gates(shapes: Dict[str, Shape]) -> dict[str, Shape]:
         if (shape := out.get(gate)) and shape == shapes[name]:
             out[gate] = (2 * shape[0], *shape[1:])
     return out
+
+
+def is_legacy(names: Iterable[str]) -> bool:
+    """Whether they are those of NeMo's own models from before Megatron-Core."""
+    return any(name.startswith(_NEST) for name in names)
+
+
+def nested(name: str) -> bool:
+    """Whether a tensor is of the projector or the image encoder of NeVA."""
+    return unnested(name).startswith(INSIDE)
+
+
+def unnested(name: str) -> str:
+    """Its name as a Megatron-Core model has it."""
+    return name.removeprefix(_NEST)
+
+
+def nested_as(name: str, *, legacy: bool) -> str:
+    """Its name as a model of one kind or the other has it."""
+    return _NEST + name if legacy and name.startswith(INSIDE) else name

@@ -7,28 +7,31 @@ from collections.abc import Mapping as Dict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckptconv.checkpoint import Extras, Stored
+from ckptconv.checkpoint import Checkpoint, Extras, Stored
 from ckptconv.config import ModelConfig
 from ckptconv.containers import tar_write, torch_write
 from ckptconv.containers.pickled import Ordered
 from ckptconv.containers.tar_write import Member
 from ckptconv.dtypes import FP32, UINT8
-from ckptconv.errors import ConfigError, UsageError
+from ckptconv.errors import ConfigError, TopologyError, UsageError
 from ckptconv.formats import Request
 from ckptconv.leaves import contiguous, full
+from ckptconv.mapping_files import load_mapping
 from ckptconv.megatron.dist_objects import objects
 from ckptconv.megatron.dist_saving import Filing, layout, telling
 from ckptconv.megatron.extra_state import ExtraState
-from ckptconv.nemo import artifacts, model_config, sentencepiece
-from ckptconv.nemo.loading import DISTRIBUTED, MAX_TOKENIZER, TOKENIZER, WEIGHTS, content
+from ckptconv.megatron.saving import vocab_rows
+from ckptconv.nemo import artifacts, model_config, neva, neva_config, sentencepiece
+from ckptconv.nemo.loading import DISTRIBUTED, MAX_TOKENIZER, RANK_FILES, TOKENIZER, WEIGHTS, content
 from ckptconv.nemo.model_config_write import DIVISOR, Form, Tokenizer, write
-from ckptconv.nemo.names import NEMO1
+from ckptconv.nemo.names import NEMO1, nested_as
 from ckptconv.nemo.rope_buffer import NAME as FREQUENCIES
 from ckptconv.nemo.rope_buffer import inverse_frequencies
 from ckptconv.nodes import concat
 from ckptconv.plan import File, Plan, Segment
 from ckptconv.source import Source, whole
-from ckptconv.topology import Rank
+from ckptconv.tensor import Tensor
+from ckptconv.topology import Rank, Topology
 
 LIBRARY = {
     "library": "sentencepiece", "type": None, "vocab_file": None, "merge_file": None, "delimiter": None, "sentencepiece_legacy": False,
@@ -45,6 +48,7 @@ class Archive:
     distributed: bool
     filing: Filing
     tokenizer: Path | None
+    encoder: neva_config.Encoder
     pack: bool
 
 
@@ -61,8 +65,40 @@ def divisor(config: ModelConfig, extras: Extras, request: Request) -> int:
     kept = raw(extras).get("make_vocab_size_divisible_by")
     if isinstance(kept, int) and not isinstance(kept, bool) and kept > 0:
         return kept
+    if neva_config.is_neva(config):
+        return DIVISOR  # for the tokens that NeVA adds
     true = config.vocab or config.vocab_rows
     return next(n for n in (DIVISOR, 64, 32, 16, 8, 4, 2, 1) if true % n == 0)
+
+
+def has_rank_files(extras: Extras) -> bool:
+    """Whether a NeMo source has its weights in a file for each rank."""
+    return extras.objects.get(RANK_FILES) is True
+
+
+def refuse_alone(config: ModelConfig, extras: Extras, topology: Topology) -> None:
+    """An image encoder has no archive of its own here, and a projector none without the settings of its language model."""
+    if config.kind == "vision":
+        raise ConfigError("NeMo archives of an image encoder alone are not written: combine it with a language model")
+    if config.kind != "projector":
+        return
+    layers = raw(extras).get("num_layers")
+    if not isinstance(layers, int):
+        raise ConfigError(
+            "a NeVA archive of a projector alone says for which language model it is, which only a NeMo source tells"
+        )
+    if layers % topology.pp:
+        raise TopologyError(f"the {layers} layers of the language model cannot be dealt to {topology.pp} equal stages")
+
+
+def rows(checkpoint: Checkpoint, topology: Topology, tokenizer: Path | None, request: Request) -> int:
+    """Rows of the embedding: all tokens of the tokenizer have one, also those that the model did not know."""
+    config, extras = checkpoint.config, checkpoint.extras
+    if config.kind != "text":
+        return config.vocab_rows
+    if config.vocab is not None and (source := _sentencepiece(extras, tokenizer)) is not None:
+        config = replace(config, vocab=max(config.vocab, _tokens(source)))
+    return vocab_rows(config, topology, divisor(config, extras, request))
 
 
 def save(stored: Stored, request: Request, archive: Archive) -> Plan:
@@ -72,37 +108,46 @@ def save(stored: Stored, request: Request, archive: Archive) -> Plan:
             f"optimizer state ({', '.join(slots)}) has no place in a .nemo archive: --optimizer drop leaves it out"
         )
     settings = raw(stored.extras)
-    source = _sentencepiece(stored, archive.tokenizer)
+    source = _sentencepiece(stored.extras, archive.tokenizer)
     tokenizer, members = _tokenizer(source, settings)
     members += _carried(stored.extras, new_model=source is not None)
     text = write(
         stored.config, stored.topology, archive.form, stored.config.dtype or FP32, tokenizer,
-        divisor=divisor(stored.config, stored.extras, request), carried=settings or None,
+        divisor=divisor(stored.config, stored.extras, request), carried=settings or None, encoder=archive.encoder,
     )  # fmt: skip
     members.append((model_config.NAME, text))
     members += _distributed(stored, archive) if archive.distributed else _ranks(stored, archive)
-    about: dict[str, object] = {"format_notes": list(notes(stored, archive.tokenizer))}
+    about: dict[str, object] = {"format_notes": list(notes(stored, archive.tokenizer, archive.encoder))}
     if archive.pack:
         return Plan((tar_write.layout("archive.nemo", members),), about=about, single=True)
     return Plan(tuple(_loose(name, body) for name, body in members), about=about)
 
 
-def notes(stored: Stored, tokenizer: Path | None) -> Iterator[str]:
+def notes(stored: Stored, tokenizer: Path | None, encoder: neva_config.Encoder) -> Iterator[str]:
     """What the source has and the archive has not."""
     extras = stored.extras
     referred = _referred(extras)
     if left := sorted(extras.files.keys() - {TOKENIZER, *(member for member, _ in referred)}):
         yield f"an archive has no place for {', '.join(left)}"
-    if _sentencepiece(stored, tokenizer) is None and not any(key in artifacts.TOKENIZER_KEYS for _, key in referred):
+    source = _sentencepiece(extras, tokenizer)
+    if source is not None and stored.config.vocab is not None and (tokens := _tokens(source)) > stored.config.vocab:
+        yield f"the tokenizer has {tokens} tokens and the model knows {stored.config.vocab}: rows of the others are as padding is"
+    if neva_config.is_neva(stored.config) and neva_config.encoder_name(stored.config, raw(extras), encoder) is None:
+        yield "mm_cfg.vision_encoder.from_pretrained is empty, and NeMo makes the image encoder by it: --saver.vision-encoder NAME"
+    if source is None and not any(key in artifacts.TOKENIZER_KEYS for _, key in referred):
         yield (
             "no tokenizer is packed: NeMo takes one of Hugging Face by its name or folder (tokenizer.library=huggingface, "
             "tokenizer.type); a sentencepiece model is packed with --saver.tokenizer FILE"
         )
 
 
-def _sentencepiece(stored: Stored, given: Path | None) -> Source | None:
+def _sentencepiece(extras: Extras, given: Path | None) -> Source | None:
     """The model to pack: the one given, else the source's."""
-    return whole(str(given)) if given else stored.extras.files.get(TOKENIZER)
+    return whole(str(given)) if given else extras.files.get(TOKENIZER)
+
+
+def _tokens(source: Source) -> int:
+    return len(sentencepiece.pieces(content(source, source.path, MAX_TOKENIZER), source.path))
 
 
 def _referred(extras: Extras) -> list[tuple[str, str]]:
@@ -137,22 +182,30 @@ def _tokenizer(source: Source | None, settings: Dict[str, object]) -> tuple[Toke
     data = content(source, source.path, MAX_TOKENIZER)
     member = artifacts.stored_name(TOKENIZER, data)
     told = {**LIBRARY, **kept, "library": "sentencepiece", "model": artifacts.uri(member)}
-    return Tokenizer(told, len(sentencepiece.pieces(data, source.path))), [(member, _copied(member, source))]
+    return Tokenizer(told, _tokens(source)), [(member, _copied(member, source))]
 
 
 def _distributed(stored: Stored, archive: Archive) -> list[Member]:
     """Whole tensors in chunks, each under `model.`."""
     (tensors,) = stored.ranks.values()
-    stacked = "l" in stored.mapping.stack
-    entries = {NEMO1 + key: value for key, value in objects(stored.config, archive.extra, stacked=stacked).items()}
-    if archive.extra.te is not None:
-        entries.setdefault(NEMO1 + LAST_NORM, next(iter(entries.values())))
+    stacked = "l" in load_mapping(neva.language_of(stored.mapping.name)).stack
+    entries = {NEMO1 + key: value for key, value in _objects(stored, archive, stacked=stacked).items()}
     named = {NEMO1 + key.name: tensor for key, tensor in tensors.items()}
     files = [*layout("", named, entries, archive.filing, stacked=stacked), torch_write.layout("common.pt", {})]
     return [
         *((DISTRIBUTED + file.path, file) for file in files),
         (f"{DISTRIBUTED}metadata.json", telling(archive.filing.backend)),
     ]
+
+
+def _objects(stored: Stored, archive: Archive, *, stacked: bool) -> dict[str, object]:
+    """State of modules; NeVA files have parameters alone."""
+    if neva_config.is_neva(stored.config):
+        return {}
+    found = objects(stored.config, archive.extra, stacked=stacked)
+    if archive.extra.te is not None:
+        found.setdefault(LAST_NORM, next(iter(found.values())))
+    return found
 
 
 def _ranks(stored: Stored, archive: Archive) -> list[Member]:
@@ -164,9 +217,7 @@ def _ranks(stored: Stored, archive: Archive) -> list[Member]:
             raise UsageError("a .nemo archive of rank files has no names for expert ranks: use --ep 1")
         rank = Rank(pp, tp, 0, 0, tp % topology.etp)
         tensors = {key.name: tensor for key, tensor in stored.ranks[rank].items()}
-        flat = archive.extra.beside(tensors, last="head" in topology.stage(rank).roles)
-        if not archive.form.mcore and stored.config.rope is not None:
-            flat = _with_frequencies(flat, stored.config)
+        flat = _beside(tensors, stored, archive, last="head" in topology.stage(rank).roles)
         folder = (
             f"tp_rank_{tp:02d}_pp_rank_{pp:03d}/"
             if topology.pp > 1
@@ -177,6 +228,16 @@ def _ranks(stored: Stored, archive: Archive) -> list[Member]:
         named = Ordered({NEMO1 + name: value for name, value in flat.items()})
         members.append((folder + WEIGHTS, torch_write.layout(WEIGHTS, named)))
     return members
+
+
+def _beside(tensors: dict[str, Tensor], stored: Stored, archive: Archive, *, last: bool) -> Dict[str, object]:
+    """A rank's tensors with what else NeMo saves of its model; of NeVA it saves parameters alone."""
+    if neva_config.is_neva(stored.config):
+        return {nested_as(name, legacy=not archive.form.mcore): tensor for name, tensor in tensors.items()}
+    flat = archive.extra.beside(tensors, last=last)
+    if not archive.form.mcore and stored.config.rope is not None:
+        return _with_frequencies(flat, stored.config)
+    return flat
 
 
 def _with_frequencies(flat: Dict[str, object], config: ModelConfig) -> dict[str, object]:

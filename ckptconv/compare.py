@@ -18,7 +18,7 @@ from ckptconv.tensor import Tensor
 from ckptconv.values import Cast
 
 CHUNK = 1 << 20
-KINDS = ("values", "dtype", "shape", "missing", "padding", "tie", "replica")
+KINDS = ("values", "dtype", "shape", "missing", "padding", "tie", "replica", "state")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +32,12 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Every difference found, and how much was compared."""
+    """Every difference found, how much was compared, and what was not."""
 
     differences: tuple[Difference, ...]
     tensors: int
     nbytes: int
+    notes: tuple[str, ...] = ()
 
     @property
     def same(self) -> bool:
@@ -44,8 +45,9 @@ class Verdict:
 
 
 def verify(a: Job | str | Path, b: Job | str | Path, progress: Progress | None = None) -> Verdict:
-    """Compare two checkpoints; raises when one of them cannot be read whole."""
-    left, right = (open_checkpoint(x if isinstance(x, Job) else Job(Path(x)))[1] for x in (a, b))
+    """Compare two checkpoints; raises when one of them cannot be read whole. Training state is compared where both have it."""
+    jobs = [x if isinstance(x, Job) else Job(Path(x)) for x in (a, b)]
+    left, right = (open_checkpoint(job, training=job.optimizer == "keep")[1] for job in jobs)
     if progress is None:
         return compare(left, right)
     shared = left.tensors.keys() & right.tensors.keys()
@@ -61,7 +63,8 @@ def verify(a: Job | str | Path, b: Job | str | Path, progress: Progress | None =
 
 def compare(left: Checkpoint, right: Checkpoint, advance: Callable[[int], None] = lambda _: None) -> Verdict:
     """Every difference between two canonical graphs; `advance` is told how many bytes of A were compared."""
-    differences: list[Difference] = []
+    left, right, notes = _alike_in_state(left, right)
+    differences = list(_of_state(left, right))
     nbytes = 0
     with Reader() as one, Reader() as two:
         differ = _Differ(one, two, advance)
@@ -81,10 +84,33 @@ def compare(left: Checkpoint, right: Checkpoint, advance: Callable[[int], None] 
                 continue
             nbytes += x.nbytes
             differences += differ.padded(key, x, y, rows) if key.name in _VOCABULARY else differ.tensors(str(key), x, y)
-    return Verdict(tuple(differences), len(keys), nbytes)
+    return Verdict(tuple(differences), len(keys), nbytes, notes)
 
 
 _VOCABULARY = ("embed.weight", "head.weight")
+
+
+def _alike_in_state(left: Checkpoint, right: Checkpoint) -> tuple[Checkpoint, Checkpoint, tuple[str, ...]]:
+    """Both with their optimizer's slots, or neither: many formats have no place for them."""
+    if (left.extras.training is None) == (right.extras.training is None):
+        return left, right, ()
+    side = "A" if right.extras.training is None else "B"
+    note = f"optimizer state: only {side} has it, so the weights alone are compared"
+    return _weights(left), _weights(right), (note,)
+
+
+def _weights(checkpoint: Checkpoint) -> Checkpoint:
+    return replace(checkpoint, tensors={key: t for key, t in checkpoint.tensors.items() if key.slot == "param"})
+
+
+def _of_state(left: Checkpoint, right: Checkpoint) -> Iterator[Difference]:
+    """What training needs beside tensors; generators belong to processes, and are not compared."""
+    a, b = left.extras.training, right.extras.training
+    if a is None or b is None:
+        return
+    for name in ("updates", "groups", "scheduler", "grad_scaler"):
+        if (x := getattr(a, name)) != (y := getattr(b, name)):
+            yield Difference("state", name, f"A has {str(x)[:200]}, B has {str(y)[:200]}")
 
 
 def _with_head(checkpoint: Checkpoint) -> Checkpoint:

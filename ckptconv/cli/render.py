@@ -120,6 +120,8 @@ def show_verdict(verdict: Verdict) -> None:
         click.echo(f"{d.kind}: {d.name}: {d.detail}")
     if len(verdict.differences) > SHOWN:
         click.echo(f"and {len(verdict.differences) - SHOWN} more (--json lists all)")
+    for note in verdict.notes:
+        click.echo(f"note: {note}", err=True)
     word = "same" if verdict.same else f"different: {len(verdict.differences)} differences"
     click.echo(f"{word} ({verdict.tensors} tensors, {human(verdict.nbytes)} compared)")
 
@@ -130,6 +132,7 @@ def verdict_facts(verdict: Verdict) -> dict[str, Any]:
         "tensors": verdict.tensors,
         "bytes": verdict.nbytes,
         "differences": [{"kind": d.kind, "name": d.name, "detail": d.detail} for d in verdict.differences],
+        "notes": list(verdict.notes),
     }
 
 

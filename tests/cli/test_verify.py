@@ -40,7 +40,7 @@ def test_same_across_formats_and_layouts_is_0(console: Console, models: Path) ->
 
 def test_json_has_the_documented_keys(console: Console, models: Path) -> None:
     facts = json.loads(console("verify", models / "llama", models / "llama", "--json").out)
-    assert facts == {"same": True, "tensors": 39, "bytes": 82112, "differences": []}
+    assert facts == {"same": True, "tensors": 39, "bytes": 82112, "differences": [], "notes": []}
 
 
 def test_values(console: Console, models: Path, copy: Copy) -> None:
@@ -197,3 +197,27 @@ def test_check_reads_the_manifest(console: Console, models: Path, copy: Copy) ->
     console("verify", other, other)
     ran = console("verify", other, other, "--check", code=3)
     assert "model.norm.weight is not the one that was written" in ran.err
+
+
+def test_optimizer_state_is_compared_where_both_have_it(console: Console, tmp_path: Path) -> None:
+    """Of a checkpoint that Megatron-Core wrote, as rank files: the same; with one moment and one setting changed: both told."""
+    import torch
+
+    golden = Path(__file__).parent.parent / "golden/optim/mcore0.12-flattened"
+    ours, weights = tmp_path / "ranks", tmp_path / "weights"
+    console("convert", golden, ours, "--saver", "mcore", "--tp", "1", "--saver.distributed-optimizer", "false")
+    console("convert", golden, weights, "--saver", "mcore", "--optimizer", "drop")
+    assert kinds(console, golden, ours) == {}
+    ran = console("verify", golden, weights)
+    assert "only A has it" in ran.err
+    (file,) = ours.rglob("model_optim_rng.pt")
+    saved = torch.load(file, weights_only=False)
+    state = saved["optimizer"].get("optimizer", saved["optimizer"])
+    state["state"][0]["exp_avg"][0] += 1
+    for group in state["param_groups"]:
+        group["eps"] = 0.5
+    torch.save(saved, file)
+    found = kinds(console, golden, ours)
+    assert found.keys() == {"values", "state"}
+    assert [name for name in found["values"] if name.endswith("[exp_avg]")] == found["values"]
+    assert found["state"] == ["groups"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -248,11 +248,11 @@ def combined(folder: Path, name: str, work: Path, *, hugging_face: bool) -> list
     language, vision, tower = _parts(folder, name)
     layout = layout_from({"tp": tp_of(language)}, None)
     lm = ckptconv.Job(language / "out", saver="mcore", layout=layout, vocab_divisor=1, saver_options=CORE)
-    other, dtypes = ckptconv.Job(vision / "out", **tower.stated), {}
+    other = ckptconv.Job(vision / "out", **tower.stated)
     if hugging_face:
-        lm = ckptconv.Job(language.parent / "src", saver="mcore", layout=layout, vocab_divisor=1, saver_options=CORE)
-        other, dtypes = ckptconv.Job(folder / tower.source, family=tower.family), {"vision": "fp32"}
-    execute(prepare_combine(lm, other, dtypes=dtypes).plan, work, QUICK)
+        lm = replace(lm, source=language.parent / "src")
+        other = ckptconv.Job(folder / tower.source, family=tower.family)
+    execute(prepare_combine(lm, other, dtypes={"vision": "fp32"}).plan, work, QUICK)
     return against(folder / name, work)
 
 
@@ -279,11 +279,9 @@ def stage_checks(folder: Path) -> Iterator[tuple[str, str, Check]]:
 
 def staged(folder: Path, name: str, work: Path) -> list[str]:
     source, pp, layers = STAGES[name]
-    start = (
-        folder / WHOLE
-        if source == WHOLE
-        else files_of(folder / CUT, partial(staged, folder, CUT), work.with_name("cut"))
-    )
+    start = folder / WHOLE
+    if source == CUT:
+        start = files_of(folder / CUT, partial(staged, folder, CUT), work.with_name("cut"))
     wishes = {"loader_options": {"vision_heads": 25}, "saver_options": CORE, "vocab_divisor": 1}
     convert(start, work, saver="mcore", tp=2, pp=pp, pp_layers=layers, **wishes)
     ours = ranks(work)
@@ -301,13 +299,12 @@ def staged(folder: Path, name: str, work: Path) -> list[str]:
 def llava_checks(folder: Path) -> Iterator[tuple[str, str, Check]]:
     llava = folder / "llava_siglip"
     if llava.is_dir():
-        yield "llava_siglip/to_mcore_tp1", "from src", partial(llava_at_tp1, llava)
+        yield "llava_siglip/to_mcore_tp1", "from src, whose args say what it is", partial(llava_at_tp1, llava)
         yield "llava_siglip/to_hf", "from src, but for what the tool makes fp32", partial(llava_to_hf, llava)
 
 
 def llava_at_tp1(folder: Path, work: Path) -> list[str]:
-    wishes = {"loader_options": {"vision_heads": 16}, "saver_options": {"mcore_version": "0.14"}, "vocab_divisor": 1}
-    convert(folder / "src", work, saver="mcore", tp=1, **wishes)
+    convert(folder / "src", work, saver="mcore", tp=1, saver_options={"mcore_version": "0.14"}, vocab_divisor=1)
     return against(folder / "to_mcore_tp1", work)
 
 
@@ -315,9 +312,9 @@ def llava_to_hf(folder: Path, work: Path) -> list[str]:
     """The official file has names of no Hugging Face class; part by part it is what ours are."""
     theirs = torch.load(folder / "to_hf/out/pytorch_model.bin", weights_only=True)
     work.mkdir()
-    ours = _part(folder, work, "lm", "qwen2", "language_model.")
-    ours |= _part(folder, work, "vision", "siglip", "vision_model.vision_model.")
-    whole = ckptconv.load(folder / "src", loader_options={"vision_heads": 16}).tensors
+    ours = _part(folder, work / "lm", "qwen2", "language_model.")
+    ours |= _part(folder, work / "vision", "siglip", "vision_model.vision_model.")
+    whole = ckptconv.load(folder / "src").tensors
     for name, atom in PROJECTOR.items():
         ours[name] = torch.from_numpy(whole[ckptconv.Key(f"projector.{atom}")].numpy().astype("float32")).bfloat16()
     upcast = {name for name in ours if name.startswith("language_model.") and name.endswith(UPCAST)}
@@ -325,14 +322,11 @@ def llava_to_hf(folder: Path, work: Path) -> list[str]:
     return differences(*({"hf": {name: leaf(held[name]) for name in sorted(held)}} for held in (theirs, found)))
 
 
-def _part(folder: Path, work: Path, part: str, family: str, prefix: str) -> dict[str, torch.Tensor]:
+def _part(folder: Path, work: Path, family: str, prefix: str) -> dict[str, torch.Tensor]:
     """A part as a Hugging Face folder, under the official file's names."""
-    job = ckptconv.Job(
-        folder / "src", saver="hf", family=family, loader_options={"vision_heads": 16},
-        saver_options={"config_from_args": True},
-    )  # fmt: skip
-    execute(prepare_extract(job, part).plan, work / part, QUICK)
-    found = load_file(work / part / TENSORS)
+    job = ckptconv.Job(folder / "src", saver="hf", family=family, saver_options={"config_from_args": True})
+    execute(prepare_extract(job, work.name).plan, work, QUICK)
+    found = load_file(work / TENSORS)
     return {prefix + name.removeprefix("vision_model."): tensor for name, tensor in found.items()}
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from ckptconv.config import Rope
 from ckptconv.errors import ConfigError, TopologyError
+from ckptconv.megatron.args_multimodal import stated_tower
 from ckptconv.topology import account_counts, even_counts, parse_layout
 
 Args = Dict[str, object]
@@ -57,19 +58,24 @@ class ArgsLayout:
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """What a checkpoint says of itself: fields of ModelConfig, layout, vocabulary (true size, rows), and what to call who says it."""
+    """What a checkpoint says of itself: fields of ModelConfig, layout, vocabulary (true size, rows), and what to call who says it.
+
+    `tower` is the family and the heads of its vision tower.
+    """
 
     where: str
     fields: Dict[str, object]
     layout: ArgsLayout = field(default_factory=ArgsLayout)
     vocab: object = None
     rows: object = None
+    tower: tuple[str, int] | None = None
 
 
 def statement(args: Args, where: str) -> Statement:
     """Args as a statement about the model; one that we do not support is refused."""
     refuse_unsupported(args, where)
-    return Statement(where, model_fields(args, where), vocab=args.get("vocab_size"), rows=args.get("padded_vocab_size"))
+    vocab, rows = args.get("vocab_size"), args.get("padded_vocab_size")
+    return Statement(where, model_fields(args, where), vocab=vocab, rows=rows, tower=stated_tower(args))
 
 
 def refuse_unsupported(args: Args, where: str) -> None:

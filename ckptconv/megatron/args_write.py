@@ -7,6 +7,7 @@ from dataclasses import replace
 from ckptconv.config import ModelConfig
 from ckptconv.containers.pickled import Namespace
 from ckptconv.errors import ConfigError
+from ckptconv.megatron.args_multimodal import MULTIMODAL
 from ckptconv.megatron.args_read import llama3_scaling
 from ckptconv.megatron.args_table import FIELDS, Subject, layer_freq
 from ckptconv.megatron.versions import Core, show
@@ -19,7 +20,8 @@ def write_args(subject: Subject) -> Namespace:
     """The args, in the order of their names. The source's own are kept only where they are plain values."""
     plain: dict[str, object] = {k: v for k, v in subject.carried.items() if isinstance(v, PLAIN)}
     kept = replace(subject, carried=plain)
-    fields = {f.name: f.value(kept) for f in FIELDS if f.since <= kept.core.version}
+    table = (*FIELDS, *(MULTIMODAL if "vision" in subject.config.towers else ()))
+    fields = {f.name: f.value(kept) for f in table if f.since <= kept.core.version}
     return Namespace(**dict(sorted(fields.items())))
 
 

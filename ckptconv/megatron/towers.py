@@ -9,6 +9,8 @@ from typing import Any
 
 from ckptconv.config import ModelConfig, projector_config
 from ckptconv.errors import ConfigError
+from ckptconv.huggingface.family_config import fixed_or_default
+from ckptconv.mapping import Mapping
 from ckptconv.megatron.extra_state import NAME as EXTRA_STATE
 from ckptconv.megatron.extra_state import ExtraState
 from ckptconv.megatron.measure import layer_count
@@ -58,6 +60,18 @@ class Said:
     config: ModelConfig | None = None
     heads: int | None = None
     family: str | None = None
+
+    def or_else(self, tower: tuple[str, int] | None) -> Said:
+        """What args say of it, where nothing else is said."""
+        family, heads = tower or (None, None)
+        return replace(self, family=self.family or family, heads=self.heads or heads)
+
+
+def family_for(family: Mapping | None) -> str | None:
+    """The tower's family, of what --family names: a tower's, or a whole model's with its parts'."""
+    if family is None or family.parts:
+        return next((part.family for part in family.parts if part.scope == "vision"), None) if family else None
+    return family.name if fixed_or_default(family).get("kind") == "vision" else None
 
 
 def towers(

@@ -5,10 +5,12 @@ from __future__ import annotations
 from shlex import quote
 
 from ckptconv.checkpoint import Stored
-from ckptconv.megatron.args_table import layer_freq, whole
+from ckptconv.dtypes import FP32
+from ckptconv.megatron.args_multimodal import MULTIMODAL, vision_type
+from ckptconv.megatron.args_table import Subject, layer_freq, whole
 from ckptconv.megatron.args_write import notes
 from ckptconv.megatron.optimizer.writing import left_out
-from ckptconv.megatron.saving import DIVISOR, Form, vocab_rows
+from ckptconv.megatron.saving import DIVISOR, Form, carried, vocab_rows
 from ckptconv.megatron.stages import pipeline_args
 from ckptconv.megatron.versions import Core
 
@@ -28,13 +30,53 @@ PIPELINE_FLAGS = {
 
 def usage(stored: Stored, dst: str, form: Form) -> str:
     """Lines to put on a Megatron-LM command line."""
+    if stored.config.kind == "vision":
+        return _tower(stored, dst)
     layout = _layout(stored, form.core) if form.ckpt_format == "torch" else [ANY_LAYOUT]
-    flags = [*_files(stored, dst, form), *layout, *_model(stored), *_experts(stored, form)]
-    lines = [f"Megatron-LM flags ({'pretrain_gpt.py --use-legacy-models' if form.legacy else 'pretrain_gpt.py'}):"]
+    flags = [*_files(stored, dst, form), *layout, *_model(stored), *_experts(stored, form), *_multimodal(stored, form)]
+    script = "examples/multimodal/train.py" if stored.config.towers else "pretrain_gpt.py"
+    lines = [f"Megatron-LM flags ({script}{' --use-legacy-models' if form.legacy else ''}):"]
     lines += [f"  {flag}" for flag in flags]
     said = (*notes(stored.config, form.core, legacy=form.legacy), *left_out(stored.extras.training, stored.topology))
     lines += [f"note: {note}" for note in said]
     return "\n".join(lines)
+
+
+def _tower(stored: Stored, dst: str) -> str:
+    """Megatron trains no tower alone."""
+    kind = vision_type(stored.config) or "unknown to Megatron-LM's example"
+    return (
+        f"A vision tower (--vision-model-type {kind}) for tensor parallel size {stored.topology.tp}; join it to a language model:\n"
+        f"  ckptconv combine LM {quote(dst)} DST --saver mcore --tp {stored.topology.tp}"
+    )
+
+
+def _multimodal(stored: Stored, form: Form) -> list[str]:
+    """What the multimodal example takes beside; what we cannot know stands in capitals."""
+    config = stored.config
+    if "vision" not in config.towers:
+        return []
+    subject = Subject(
+        config, stored.topology, form.core, config.dtype or FP32, DIVISOR, form.local, carried=carried(stored.extras)
+    )
+    args = {field.name: field.value(subject) for field in MULTIMODAL}
+    flags = [
+        f"--language-model-type {args['language_model_type'] or 'TYPE'} --vision-model-type {args['vision_model_type'] or 'TYPE'}",
+        f"--img-h {args['img_h']} --img-w {args['img_w']} --patch-dim {args['patch_dim']}",
+        f"--decoder-seq-length {args['decoder_seq_length']} --tokenizer-prompt-format {args['tokenizer_prompt_format'] or 'FORMAT'}",
+    ]
+    switches = {
+        "--disable-vision-class-token": args["disable_vision_class_token"],
+        "--pixel-shuffle": args["pixel_shuffle"],
+        "--use-tiling": args["use_tiling"],
+        "--use-thumbnail": args["use_thumbnail"],
+        "--use-tile-tags": args["use_tile_tags"],
+        "--use-te": args["use_te"],
+        "--allow-missing-vision-projection-checkpoint": "projector" not in config.towers,
+    }
+    flags += [" ".join(flag for flag, on in switches.items() if on)]
+    flags += [f"--max-num-tiles {args['max_num_tiles']}"] if args["use_tiling"] else []
+    return flags + ([f"--image-tag-type {args['image_tag_type']}"] if args["image_tag_type"] else [])
 
 
 def _files(stored: Stored, dst: str, form: Form) -> list[str]:

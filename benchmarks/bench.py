@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ckptconv import ExecuteOptions, Job, convert, prepare
 from ckptconv.executor.execute import execute
-from ckptconv.formats.hf import weight_files
+from ckptconv.huggingface.folder_write import weight_files
 from ckptconv.layout import layout_from
 from ckptconv.plan import File, Plan, Segment
 from ckptconv.tensor import Shape

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping as Dict
+from dataclasses import replace
 
 from ckptconv import passes
 from ckptconv.checkpoint import Checkpoint
-from ckptconv.errors import ConfigError, UsageError
+from ckptconv.dtypes import FP32
+from ckptconv.errors import UsageError
 from ckptconv.formats import Format
 from ckptconv.mapping_files import chosen
 from ckptconv.parts import LANGUAGE, PARTS, combine, extract, parts_of, swap
 from ckptconv.pipeline import Job, Prepared, open_checkpoint, prepare_from
-
-# how each kind of model feeds its projector: with a patch's entries, or with those of four (pixel shuffle)
-KINDS = {"llava": 1, "neva": 1, "nvlm": 4, "internvl": 4}
+from ckptconv.projectors import KINDS, check_kind, kind_named, new_projector
 
 
 def prepare_combine(
@@ -24,23 +24,41 @@ def prepare_combine(
     *,
     kind: str | None = None,
     dtypes: Dict[str, str] | None = None,
+    init_projector: str | None = None,
+    vocab_rows: int | None = None,
+    init: str = "mean",
 ) -> Prepared:
-    """The plan of a model made of a language model (`job`, which says what is to be written), a vision tower and a projector."""
-    jobs = {LANGUAGE: job, "vision": vision} | ({"projector": projector} if projector else {})
-    opened = {part: _open(its, part, (dtypes or {}).get(part, "keep")) for part, its in jobs.items()}
-    loader, language = opened[LANGUAGE]
-    model = combine(language, opened["vision"][1], opened["projector"][1] if projector else None)
-    _check_kind(model, kind)
-    return prepare_from(job, loader, model, _common([str(its.source) for its in jobs.values()]))
+    """The plan of a model made of a language model (`job`, which says what is to be written), a vision tower and a projector.
+
+    `init_projector` makes a new projector; `vocab_rows` gives the language model rows for new tokens, which `init` fills.
+    """
+    if projector is not None and init_projector is not None:
+        raise UsageError("--projector and --init-projector: a projector comes from a checkpoint, or is a new one")
+    said = dtypes or {}
+    loader, language = _open(job, LANGUAGE, said)
+    if vocab_rows is not None:
+        language = _grown(language, vocab_rows, init, job)
+    tower = _open(vision, "vision", said)[1]
+    between = _open(projector, "projector", said)[1] if projector else None
+    if init_projector is not None:
+        dtype = passes.mean_dtype(language) or FP32
+        between = _cast(
+            new_projector(init_projector, kind, tower.config, language.config, dtype), "projector", said, job
+        )
+    model = combine(language, tower, between)
+    sources = [job, vision, *([projector] if projector else [])]
+    return prepare_from(_of_kind(job, kind, model), loader, model, _common(sources))
 
 
-def prepare_swap(job: Job, other: Job, part: str, *, dtypes: Dict[str, str] | None = None) -> Prepared:
+def prepare_swap(
+    job: Job, other: Job, part: str, *, kind: str | None = None, dtypes: Dict[str, str] | None = None
+) -> Prepared:
     """The plan of a model (`job`) with one part from another checkpoint."""
     if part not in PARTS:
         raise UsageError(f"--replace {part}: expected one of {', '.join(PARTS)}")
     loader, model = open_checkpoint(job)
-    new = _open(other, part, (dtypes or {}).get(part, "keep"))[1]
-    return prepare_from(job, loader, swap(model, part, new), _common([str(job.source), str(other.source)]))
+    model = swap(model, part, _open(other, part, dtypes or {})[1])
+    return prepare_from(_of_kind(job, kind, model), loader, model, _common([job, other]))
 
 
 def prepare_extract(job: Job, part: str) -> Prepared:
@@ -49,28 +67,40 @@ def prepare_extract(job: Job, part: str) -> Prepared:
     return prepare_from(job, loader, extract(model, part), str(job.source))
 
 
-def _open(job: Job, part: str, dtype: str) -> tuple[Format, Checkpoint]:
+def _open(job: Job, part: str, dtypes: Dict[str, str]) -> tuple[Format, Checkpoint]:
     """A part from a checkpoint of its own, or a projector out of a whole model."""
     loader, checkpoint = open_checkpoint(job)
     if part == "projector" and parts_of(checkpoint) != (part,):
         checkpoint = extract(checkpoint, part)
-    return loader, passes.cast(checkpoint, dtype, chosen(checkpoint.origin.mapping, job.request().mappings))
+    return loader, _cast(checkpoint, part, dtypes, job)
 
 
-def _check_kind(model: Checkpoint, kind: str | None) -> None:
-    """What --as says must be what the projector takes."""
-    if kind is None:
-        return
-    if kind not in KINDS:
-        raise UsageError(f"--as {kind}: expected one of {', '.join(KINDS)}")
-    vision, projector = model.config.towers["vision"], model.config.towers.get("projector")
-    if projector is not None and projector.inputs != KINDS[kind] * vision.hidden:
-        raise ConfigError(
-            f"--as {kind}: its projector takes {KINDS[kind]} x {vision.hidden} entries of the vision tower, "
-            f"but this one takes {projector.inputs}"
-        )
+def _cast(checkpoint: Checkpoint, part: str, dtypes: Dict[str, str], job: Job) -> Checkpoint:
+    mapping = chosen(checkpoint.origin.mapping, job.request().mappings)
+    return passes.cast(checkpoint, dtypes.get(part, "keep"), mapping)
 
 
-def _common(sources: list[str]) -> str:
+def _grown(language: Checkpoint, rows: int, init: str, job: Job) -> Checkpoint:
+    if init not in passes.FILLS:
+        raise UsageError(f"--init {init}: expected {', '.join(passes.FILLS)}")
+    mapping = chosen(language.origin.mapping, job.request().mappings)
+    return passes.grow_vocabulary(language, rows, passes.FILLS[init], mapping)
+
+
+def _of_kind(job: Job, name: str | None, model: Checkpoint) -> Job:
+    """The model held against its kind, which also says the family of a Hugging Face folder."""
+    if name is None:
+        return job
+    check_kind(model.config, name)
+    if job.saver != "hf" or "family" in job.saver_options:
+        return job
+    family = kind_named(name).family
+    if family is None:
+        known = ", ".join(other for other, kind in KINDS.items() if kind.family)
+        raise UsageError(f"--as {name}: Hugging Face has no such family; it has {known}")
+    return replace(job, saver_options={**job.saver_options, "family": family})
+
+
+def _common(jobs: list[Job]) -> str:
     """The folder that all sources lie in."""
-    return os.path.commonpath([os.path.abspath(source) for source in sources])
+    return os.path.commonpath([os.path.abspath(job.source) for job in jobs])

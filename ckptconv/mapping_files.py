@@ -67,6 +67,11 @@ def with_parts(mapping: Mapping, families: Sequence[str]) -> Mapping:
     return load_mapping(f"{mapping.name}({','.join(families)})")
 
 
+def families_of_parts(name: str) -> dict[str, str]:
+    """scope -> family, from a name that says them; none from another."""
+    return {part.scope: part.family for part in load_mapping(name).parts if part.family} if "(" in name else {}
+
+
 def load_mapping_file(path: Path) -> Mapping:
     """A mapping of the user's own (or one that a plug-in brings, by its name); it stands for the one it extends."""
     installed = not path.exists() and str(path) in mapping_paths()

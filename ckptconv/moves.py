@@ -15,7 +15,7 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptconv.coding import Decoded
+from ckptconv.coding import opened
 from ckptconv.errors import FormatError
 from ckptconv.source import LocalFile, Opened, Origin, Source
 from ckptconv.values import NO_LOSS, UINT, Array, Chain, Loss, ValueFn, constant
@@ -263,8 +263,7 @@ class Reader:
         if origin.coding:  # each holds what it decoded in memory: there is one at a time
             for other in [o for o in self._open if o.coding]:
                 self._open.pop(other).close()
-        found = self._opener(origin.path)
-        self._open[origin] = found = Decoded(found, origin) if origin.coding else found
+        self._open[origin] = found = opened(origin, self._opener)
         return found
 
     def _read_runs(self, runs: list[_Run], out: memoryview) -> None:

@@ -8,9 +8,11 @@ from dataclasses import replace
 from ckptconv.checkpoint import Checkpoint, Extras, Key
 from ckptconv.config import TOWERS, ModelConfig
 from ckptconv.errors import ConfigError, UsageError
+from ckptconv.mapping_files import families_of_parts, load_mapping
 from ckptconv.tensor import Tensor
 
 LANGUAGE = "lm"
+CONFIG = "config.json"  # among the files that travel along
 PARTS = (LANGUAGE, *TOWERS)
 
 
@@ -29,13 +31,37 @@ def extract(checkpoint: Checkpoint, part: str) -> Checkpoint:
         return checkpoint
     if part not in parts_of(checkpoint):
         raise ConfigError(f"there is no {part} in this model: it has {', '.join(parts_of(checkpoint))}")
-    own, under = (replace(config, towers={}), "") if part == LANGUAGE else (config.towers[part], f"{part}.")
+    own, under = (_language(config), "") if part == LANGUAGE else (config.towers[part], f"{part}.")
     tensors = {
         Key(key.name.removeprefix(under), key.slot): tensor
         for key, tensor in checkpoint.tensors.items()
         if (_owner(key.name) or LANGUAGE) == part
     }
-    return replace(checkpoint, config=own, tensors=tensors)
+    return replace(checkpoint, config=own, tensors=tensors, extras=_own_extras(checkpoint, own))
+
+
+def _language(config: ModelConfig) -> ModelConfig:
+    """The language model of a larger model, which has its own family and its own section of config.json."""
+    family = families_of_parts(config.family).get("")
+    if family is None:
+        return replace(config, towers={})
+    part = next(part for part in load_mapping(config.family).parts if not part.scope)
+    section = config.raw if part.config == "." else config.raw.get(part.config)
+    const = load_mapping(family).config.get("const", {})
+    assert isinstance(const, dict)
+    named = {key: const[key] for key in ("architectures", "model_type")}
+    raw = {**section, **named} if isinstance(section, dict) else {}
+    return replace(config, family=family, towers={}, raw=raw)
+
+
+def _own_extras(checkpoint: Checkpoint, own: ModelConfig) -> Extras:
+    """What lies beside, with the part's own config.json in place of the whole model's."""
+    extras, whole = checkpoint.extras, checkpoint.config
+    if own.kind == "text" and own.family == whole.family:
+        return extras
+    files = {name: source for name, source in extras.files.items() if name != CONFIG}
+    objects = {**extras.objects, **({"hf_config": own.raw} if own.raw else {})}
+    return replace(extras, files=files, objects=objects)
 
 
 def combine(language: Checkpoint, vision: Checkpoint, projector: Checkpoint | None) -> Checkpoint:
@@ -65,7 +91,16 @@ def swap(model: Checkpoint, part: str, other: Checkpoint) -> Checkpoint:
     parts = {name: extract(model, name) for name in parts_of(model) if name != part} | {part: extract(other, part)}
     if "vision" not in parts or LANGUAGE not in parts:
         raise ConfigError(f"a part can only be swapped in a model with a vision tower: this one has {', '.join(parts)}")
-    return combine(parts[LANGUAGE], parts["vision"], parts.get("projector"))
+    joined = combine(parts[LANGUAGE], parts["vision"], parts.get("projector"))
+    old = model.config.towers.get(part)
+    return _as_before(joined, model) if old and old.family == parts[part].config.family else joined
+
+
+def _as_before(joined: Checkpoint, model: Checkpoint) -> Checkpoint:
+    """A model whose parts are of the same families is still what its config.json says it is."""
+    files = {**joined.extras.files, **{k: v for k, v in model.extras.files.items() if k == CONFIG}}
+    config = replace(joined.config, family=model.config.family, raw=model.config.raw)
+    return replace(joined, config=config, extras=replace(joined.extras, files=files))
 
 
 def check_fit(config: ModelConfig) -> None:

@@ -25,6 +25,7 @@ BUILT_IN = {
     "nemo2": "ckptconv.formats.nemo2:Nemo2",
     "lightning": "ckptconv.formats.lightning:Lightning",
     "openai-clip": "ckptconv.formats.openai_clip:OpenaiClip",
+    "mm-projector": "ckptconv.formats.mm_projector:MmProjector",
     "dcp": "ckptconv.formats.dcp:Dcp",
 }
 

@@ -7,7 +7,10 @@ from typing import NamedTuple, Protocol
 
 
 class Origin(NamedTuple):
-    """A file and, where its bytes are compressed, what decodes them (see `coding.py`); offsets count decoded bytes."""
+    """A file and, where its bytes are compressed, what decodes them (see `coding.py`); offsets count decoded bytes.
+
+    No path: the bytes come from no file, and `coding` says how they are made.
+    """
 
     path: str
     coding: str = ""

@@ -27,11 +27,11 @@ config topology
 layout vocabulary
 mapping
 mapping_files checkpoint bind
-canonicalize localize dialect passes parts tower_passes
+canonicalize localize dialect passes parts tower_passes projectors
 containers
 formats
 huggingface
-formats.hf formats.openai_clip
+formats.hf formats.openai_clip formats.mm_projector
 megatron
 nemo
 formats.mcore formats.legacy

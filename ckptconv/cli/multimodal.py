@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ckptconv.cli.options import (
+    COUNT,
     PATH,
     FormatCommand,
     PartsCommand,
@@ -32,6 +33,7 @@ PART = "lm|vision|projector"
     epilog=examples(
         "ckptconv combine mistral/ clip/ out/ --saver mcore --tp 4 --as llava",
         "ckptconv combine qwen2/ internvit/ out/ --saver mcore --tp 8 --pp 4 --as nvlm --lm.dtype bf16",
+        "ckptconv combine vicuna/ clip/ out/ --saver hf --as llava --init-projector normal:0.02:1 --vocab-rows 32064",
         "ckptconv combine vlm/ tuned-clip/ out/ --saver mcore --replace vision",
     ),
 )
@@ -44,13 +46,16 @@ PART = "lm|vision|projector"
     metavar="PATH|none",
     default="none",
     show_default=True,
-    help="Where the projector comes from: a checkpoint.",
+    help="Where the projector comes from: a checkpoint of any kind, or a mm_projector.bin.",
 )
+@click.option("--init-projector", metavar="normal:STD:SEED|zeros", help="A new projector, as large as --as says.")
 @click.option("--as", "kind", metavar="llava|nvlm|internvl|neva", help="The kind of model to make.")
 @click.option("--replace", metavar=PART, help="LM is a whole model, and VISION the new one of this part.")
 @click.option("--lm.dtype", "lm_dtype", default="keep", metavar="DTYPE", help="Cast the language model alone.")
 @click.option("--vision.dtype", "vision_dtype", default="keep", metavar="DTYPE", help="Cast the vision tower alone.")
 @click.option("--projector.dtype", "projector_dtype", default="keep", metavar="DTYPE", help="Cast the projector alone.")
+@click.option("--vocab-rows", type=COUNT, metavar="N", help="Rows for new tokens, such as an image's: N in all.")
+@click.option("--init", default="mean", show_default=True, metavar="mean|zero|last", help="What new rows are.")
 @click.option("--loader-vision", metavar="FORMAT", help="Format of VISION; its options: --loader-vision.X.")
 @click.option("--loader-projector", metavar="FORMAT", help="Format of the projector's checkpoint.")
 @dry_run_option
@@ -73,12 +78,16 @@ def combine(ctx: click.Context, /, lm: Path, vision: Path, dst: Path, saver: str
         for path, side in zip(sources, ("", "-vision", "-projector"), strict=False)
     ]
     dtypes = {part: params[f"{part}_dtype"] for part in ("lm", "vision", "projector")}
+    said: dict[str, Any] = {"kind": params["kind"], "dtypes": dtypes}
     if params["replace"] is None:
-        prepared = prepare_combine(*jobs, kind=params["kind"], dtypes=dtypes)
-    elif len(jobs) > 2:
-        raise UsageError("--replace and --projector: give the new part as the second path")
+        made = {name: params[name] for name in ("init_projector", "vocab_rows", "init")}
+        prepared = prepare_combine(jobs[0], jobs[1], jobs[2] if len(jobs) > 2 else None, **said, **made)
+    elif len(jobs) > 2 or params["init_projector"] or params["vocab_rows"]:
+        raise UsageError(
+            "--replace exchanges one part, the second path: no --projector, --init-projector or --vocab-rows beside it"
+        )
     else:
-        prepared = prepare_swap(jobs[0], jobs[1], params["replace"], dtypes=dtypes)
+        prepared = prepare_swap(jobs[0], jobs[1], params["replace"], **said)
     carry_out(prepared, dst, params, {})
 
 

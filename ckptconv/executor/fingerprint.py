@@ -57,8 +57,10 @@ class _Numbers:
         self._numbers: dict[str, int] = {}
 
     def of(self, source: Source) -> int:
-        """Of a coded file it is not known here how long it must be."""
+        """Of a coded file it is not known here how long it must be; what is generated has no file."""
         path, offset, nbytes, coding = source
+        if not path:
+            return -1
         end = 0 if coding else offset + nbytes
         if end >= self.ends.get(path, 0):
             self.ends[path] = end

@@ -101,7 +101,7 @@ class Names:
 
 def _paths(tensor: Tensor) -> list[str]:
     if isinstance(tensor, View):
-        return [tensor.source.path]
+        return [tensor.source.path] if tensor.source.path else []
     if isinstance(tensor, Concat):
         return [path for part in tensor.parts for path in _paths(part)]
     return _paths(tensor.child) if isinstance(tensor, Map | Fold) else []

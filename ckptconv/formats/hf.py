@@ -46,7 +46,7 @@ from ckptconv.huggingface.folder_write import copied, final, weight_files
 from ckptconv.huggingface.sections import DTYPES, of_parts, part_mapping, with_image_token
 from ckptconv.huggingface.template import as_family, as_template
 from ckptconv.mapping import Mapping
-from ckptconv.mapping_files import chosen, families, family_names
+from ckptconv.mapping_files import chosen, families, families_of_parts, family_names
 from ckptconv.plan import Plan
 from ckptconv.sizes import parse_size
 from ckptconv.source import Source, whole
@@ -269,12 +269,14 @@ def _family(config: ModelConfig, options: HfSave, request: Request) -> str:
     """The family to write: as asked for, else the source's, else the template's."""
     if (named := family_named(options.family or request.family, request.mappings)) is not None:
         return of_parts(named, config).name
-    if "(" in config.family or config.family in (*family_names(), *(m.name for m in request.mappings)):
+    alone = not config.towers and config.family in (*family_names(), *(m.name for m in request.mappings))
+    if alone or families_of_parts(config.family):
         return config.family
     if options.template is None:
         raise ConfigError(
             "the source does not say which family of Hugging Face models it belongs to: give --saver.template FOLDER "
-            "(a Hugging Face folder of the same model), or --family NAME with --saver.config-from-args; "
+            "(a Hugging Face folder of the same model), or --family NAME with --saver.config-from-args "
+            "(--saver.family NAME for a model of several parts); "
             f"known families: {', '.join(family_names())}"
         )
     path = _template_config(options.template)

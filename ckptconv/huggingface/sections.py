@@ -21,7 +21,7 @@ from ckptconv.config import TOWERS, ModelConfig, projector_config
 from ckptconv.errors import ConfigError, MappingError, UsageError
 from ckptconv.huggingface.config_codecs import ABSENT, Section, Table, put
 from ckptconv.mapping import Mapping, Part
-from ckptconv.mapping_files import load_mapping, with_parts
+from ckptconv.mapping_files import families_of_parts, load_mapping, with_parts
 from ckptconv.tensor import Shape
 
 SECTIONS, FAMILIES, PROJECTOR, SIZES = TABLES = ("sections", "families", "projector", "sizes")
@@ -86,9 +86,8 @@ def of_parts(mapping: Mapping, config: ModelConfig) -> Mapping:
     """The mapping of a model of several parts with the families that a model's parts have."""
     if all(part.family for part in mapping.parts):
         return mapping
-    own = load_mapping(config.family).parts if "(" in config.family else ()
     scopes = {"": config.family, **{scope: tower.family for scope, tower in config.towers.items()}}
-    scopes |= {part.scope: part.family for part in own if part.family}
+    scopes |= families_of_parts(config.family)
     chosen = []
     for part in mapping.parts:
         family = scopes.get(part.scope, "") if "*" in part.use else part.use

@@ -155,7 +155,7 @@ def test_nvlm_gets_its_dummy_heads_and_internvit_none(tmp_path: Path) -> None:
 
 
 def test_settings_of_tiles_and_tags_travel(tmp_path: Path) -> None:
-    said = {"max_dynamic_patch": 9, "use_thumbnail": False, "template": "mine", "downsample_ratio": 0.5}
+    said: dict[str, Any] = {"max_dynamic_patch": 9, "use_thumbnail": False, "template": "mine", "downsample_ratio": 0.5}
     source = changed(NVLM, tmp_path / "src", **said)
     convert(source, tmp_path / "mcore", saver="mcore", tp=2, pp=4)
     convert(tmp_path / "mcore", tmp_path / "back", saver="hf")

@@ -29,10 +29,16 @@ def normal(count: int, std: float, seed: int, name: str) -> Source:
     return Source("", 0, count * 4, f"normal:{std!r}:{seed}:{zlib.crc32(name.encode())}")
 
 
+def literal(data: bytes) -> Source:
+    """Bytes that are no file's, such as a config.json made for a model that was joined."""
+    return Source("", 0, len(data), f"literal:{data.hex()}")
+
+
 def opened(origin: Origin, opener: Callable[[str], Opened]) -> Opened:
     """The bytes of an origin: of its file as they are, decoded, or made."""
     if not origin.path:
-        return Generated(origin.coding)
+        kind, _, data = origin.coding.partition(":")
+        return Literal(bytes.fromhex(data)) if kind == "literal" else Generated(origin.coding)
     file = opener(origin.path)
     return Decoded(file, origin) if origin.coding else file
 
@@ -46,16 +52,11 @@ def require() -> Any:
     return tensorstore
 
 
-class Decoded:
-    """`Opened` for a coded source: decoded whole, kept until closed."""
+class Literal:
+    """`Opened` for bytes that are in memory, until closed."""
 
-    def __init__(self, file: Opened, origin: Origin) -> None:
-        codec, place, nbytes = origin.coding.split(":")
-        try:
-            encoded = _read(file, origin.path, *map(int, place.split("+")))
-        finally:
-            file.close()
-        self._data = _decode(codec, encoded, int(nbytes), origin.path)
+    def __init__(self, data: bytes | memoryview) -> None:
+        self._data = memoryview(data)
 
     def read_into(self, offset: int, buffers: list[memoryview]) -> int:
         start = offset
@@ -67,6 +68,18 @@ class Decoded:
 
     def close(self) -> None:
         self._data = memoryview(b"")
+
+
+class Decoded(Literal):
+    """`Opened` for a coded source: decoded whole, kept until closed."""
+
+    def __init__(self, file: Opened, origin: Origin) -> None:
+        codec, place, nbytes = origin.coding.split(":")
+        try:
+            encoded = _read(file, origin.path, *map(int, place.split("+")))
+        finally:
+            file.close()
+        super().__init__(_decode(codec, encoded, int(nbytes), origin.path))
 
 
 class Generated:

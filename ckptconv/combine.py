@@ -8,11 +8,14 @@ from dataclasses import replace
 
 from ckptconv import passes
 from ckptconv.checkpoint import Checkpoint
+from ckptconv.coding import literal
 from ckptconv.dtypes import FP32
-from ckptconv.errors import UsageError
+from ckptconv.errors import ConfigError, UsageError
 from ckptconv.formats import Format
-from ckptconv.mapping_files import chosen
-from ckptconv.parts import LANGUAGE, PARTS, combine, extract, parts_of, swap
+from ckptconv.huggingface.family_config import config_text, write_config
+from ckptconv.huggingface.sections import of_parts, write
+from ckptconv.mapping_files import chosen, family_names, load_mapping
+from ckptconv.parts import CONFIG, LANGUAGE, PARTS, combine, extract, parts_of, swap
 from ckptconv.pipeline import Job, Prepared, open_checkpoint, prepare_from
 from ckptconv.projectors import KINDS, check_kind, kind_named, new_projector
 
@@ -47,7 +50,7 @@ def prepare_combine(
         )
     model = combine(language, tower, between)
     sources = [job, vision, *([projector] if projector else [])]
-    return prepare_from(_of_kind(job, kind, model), loader, model, _common(sources))
+    return prepare_from(_of_kind(job, kind, model), loader, _with_config(model, kind, job), _common(sources))
 
 
 def prepare_swap(
@@ -99,6 +102,22 @@ def _of_kind(job: Job, name: str | None, model: Checkpoint) -> Job:
         known = ", ".join(other for other, kind in KINDS.items() if kind.family)
         raise UsageError(f"--as {name}: Hugging Face has no such family; it has {known}")
     return replace(job, saver_options={**job.saver_options, "family": family})
+
+
+def _with_config(model: Checkpoint, name: str | None, job: Job) -> Checkpoint:
+    """The model with the config.json of its kind at Hugging Face, which formats of others keep beside their files."""
+    family = kind_named(name).family if name else None
+    known = {*family_names(), *(mapping.name for mapping in job.request().mappings)}
+    if family is None or job.saver == "hf" or model.config.family not in known:
+        return model
+    mapping = of_parts(load_mapping(family), model.config)
+    extras = model.extras
+    try:
+        text = config_text(write(model.config, None, mapping, write_config))
+    except ConfigError as error:
+        note = f"no config.json of {family} travels along: {str(error).splitlines()[0]}"
+        return replace(model, extras=replace(extras, notes=(*extras.notes, note)))
+    return replace(model, extras=replace(extras, files={**extras.files, CONFIG: literal(text)}))
 
 
 def _common(jobs: list[Job]) -> str:

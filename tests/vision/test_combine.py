@@ -171,7 +171,7 @@ def test_new_projector_has_the_dtype_of_the_language_model_or_its_own(parts: Pat
     for name, dtypes in (("as-lm", {}), ("own", {"projector": "fp32"})):
         wishes: dict[str, Any] = {"kind": "llava", "init_projector": NORMAL, "dtypes": dtypes}
         write(prepare_combine(to_mcore(parts / "qwen"), Job(parts / "clip"), **wishes), tmp_path / name)
-    found = {n: atoms(tmp_path / n, loader_options={"vision-heads": 4}) for n in ("as-lm", "own")}
+    found = {n: atoms(tmp_path / n) for n in ("as-lm", "own")}
     narrow, wide = (found[n]["projector.fc1.weight"] for n in ("as-lm", "own"))
     assert (str(narrow.dtype), str(wide.dtype)) == ("bfloat16", "float32")
     assert np.array_equal(wide.astype(narrow.dtype), narrow)
@@ -214,7 +214,7 @@ def test_combine_to_many_ranks_is_combine_to_one_and_reshard(parts: Path, tmp_pa
         prepare_combine(to_mcore(parts / "lm", tp=2, pp=4), Job(parts / "clip"), **wishes), tmp_path / "once"
     )
     one = write(prepare_combine(to_mcore(parts / "lm"), Job(parts / "clip"), **wishes), tmp_path / "one")
-    convert(one, tmp_path / "many", tp=2, pp=4, loader_options={"vision-heads": 4})
+    convert(one, tmp_path / "many", tp=2, pp=4)
     files = sorted(p.relative_to(at_once) for p in at_once.glob("iter_*/*/*.pt"))
     assert len(files) == 8
     for file in files:
@@ -222,6 +222,35 @@ def test_combine_to_many_ranks_is_combine_to_one_and_reshard(parts: Path, tmp_pa
         assert list(a) == list(b)
         for name, value in a.items():
             assert value is None or (value.dtype == b[name].dtype and torch.equal(value, b[name])), name
+
+
+def test_files_of_a_joined_model_say_what_it_is(parts: Path, tmp_path: Path) -> None:
+    """Its config.json stands in hf/: no option is needed to read it, or to make a Hugging Face folder of it."""
+    from ckptconv.pipeline import convert
+
+    job = to_hf(parts / "lm", **{"image-token": 130})
+    folder = write(prepare_combine(job, Job(parts / "clip"), kind="llava", init_projector=NORMAL), tmp_path / "hf")
+    made = prepare_combine(to_mcore(parts / "lm", tp=2), Job(parts / "clip"), kind="llava", init_projector=NORMAL)
+    ranks = write(made, tmp_path / "ranks")
+    said = load(ranks).config
+    assert (said.family, said.towers["vision"].heads) == ("hf-llava(hf-llama,hf-clip)", 4)
+    convert(ranks, tmp_path / "back", saver="hf", saver_options={"template": folder})
+    same(load_file(folder / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS))
+    assert json.loads((ranks / "hf/config.json").read_text())["text_config"] == config_json(folder)["text_config"]
+
+
+def test_any_slice_of_generated_and_literal_bytes_is_the_same(tmp_path: Path) -> None:
+    from ckptconv import coding
+    from ckptconv.dtypes import FP32, UINT8
+    from ckptconv.leaves import contiguous
+
+    numbers = contiguous(coding.normal(3 * 70_000, 0.5, 3, "a"), (70_000, 3), FP32)
+    whole = numbers.numpy()
+    for lo, hi in ((0, 1), (21_845, 21_846), (21_000, 44_000), (69_999, 70_000)):
+        assert np.array_equal(numbers.narrow(0, lo, hi).numpy(), whole[lo:hi])
+    assert np.array_equal(numbers.narrow(1, 1, 2).numpy(), whole[:, 1:2])
+    text = contiguous(coding.literal(b'{"a": 1}'), (8,), UINT8)
+    assert bytes(text.narrow(0, 2, 6).numpy()) == b'a": '
 
 
 # what does not fit

@@ -138,7 +138,7 @@ class Nemo:
         name, variant = _language(form, config, distributed=distributed)
         mapping = chosen(name, request.mappings)
         if neva_config.is_neva(config):
-            mapping, beginning = neva.target_mapping(config, name, checkpoint.origin.variant)
+            mapping, beginning = neva.target_mapping(config, name)
             variant |= beginning
         if options.frozen_vision:
             mapping = _without_encoder(mapping)

@@ -227,10 +227,9 @@ def language_of(mapping: str) -> str:
     return parts.partition(",")[0] if base == WHOLE else mapping
 
 
-def target_mapping(config: ModelConfig, language: str, origin: frozenset[str]) -> tuple[Mapping, frozenset[str]]:
-    """The mapping to write a model with, and how its encoder's names begin: as in the source, else as NeMo itself has them."""
+def target_mapping(config: ModelConfig, language: str) -> tuple[Mapping, frozenset[str]]:
+    """The mapping to write a model with. The encoder's names have one `vision_model.` in front, as transformers 4 makes them in NeMo."""
     encoder = _encoder(config.towers)
     mapping = load_mapping(f"{ALONE}({encoder})" if config.kind == "projector" else f"{WHOLE}({language},{encoder})")
-    tags = [tag for group in mapping.variants for tag in group if prefix_of(tag) is not None]
-    kept = [tag for tag in tags if tag in origin]
-    return mapping, frozenset(kept or [tag for tag in tags if prefix_of(tag) == "vision_model."])
+    beginnings = (tag for group in mapping.variants for tag in group if prefix_of(tag) == "vision_model.")
+    return mapping, frozenset(beginnings)

@@ -10,6 +10,7 @@ from pathlib import Path
 ARCHIVES = Path(__file__).parents[2] / "golden" / "nemo" / "archives"
 TORCH_DIST, ZARR = "mcore_mha_fp16_torchdist", "mcore_gqa_fp32_zarr"
 PER_RANK, GZIPPED = "legacy_mha_tp2pp2", "legacy_mha_fp16_o2_gz"
+NEVA = "neva_pre"  # the projector of a LLaVA alone
 PLAIN = (TORCH_DIST, ZARR, PER_RANK)
 
 

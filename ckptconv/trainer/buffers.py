@@ -1,4 +1,4 @@
-"""Flat storage for parameters and their gradients, laid out as Megatron's: backward order, aligned, in buckets.
+"""Flat storage for parameters and all that belongs to them, laid out as Megatron's: backward order, aligned, in buckets.
 
 With a distributed optimizer each data-parallel rank owns an equal share of every bucket. Therefore the layout is part of the
 checkpoint: distrib_optim.pt holds the buffers as they lie, without the padding at the ends of buckets.
@@ -14,10 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ckptconv.trainer.config import Config
+from ckptconv.trainer.config import TrainingConfig
 from ckptconv.trainer.parallel import Group, Weight
 
 PARAMETER_ALIGNMENT, BUCKET_ALIGNMENT = 64, 128
+SLOTS = ("param", "exp_avg", "exp_avg_sq")  # the float32 master, and Adam's moments
+Slots = dict[str, Tensor]
 
 
 class Bucket(NamedTuple):
@@ -27,27 +29,33 @@ class Bucket(NamedTuple):
 
 
 class Buffer:
-    """The trained parameters of one model chunk (or its experts), gradients beside them.
+    """The trained parameters of one model chunk (or its experts), gradients beside them, and slots of what this rank updates.
 
     After each backward pass of a micro-batch its gradients are added here, in at least float32, and dropped.
     """
 
-    def __init__(self, config: Config, weights: Sequence[Weight], group: Group, distributed: bool) -> None:
-        self.group, self.distributed = group, distributed
-        self.starts, self.buckets = layout(weights, group.size(), distributed)
-        size = self.buckets[-1].end
-        self.values = torch.zeros(size, dtype=config.training.compute)
-        self.gradients = torch.zeros(size, dtype=config.training.gradients)
+    def __init__(self, t: TrainingConfig, weights: Sequence[Weight], group: Group) -> None:
+        self.group, self.distributed = group, t.distributed_optimizer
+        self.starts, buckets = layout(weights, group.size(), self.distributed)
+        owners, owner = (group.size(), group.rank()) if self.distributed else (1, 0)
+        self.mine = torch.cat([torch.arange(b.start, b.end).chunk(owners)[owner] for b in buckets])
+        self.filed = torch.cat([torch.arange(b.start, b.filled) for b in buckets])
+        self.values = torch.zeros(buckets[-1].end, dtype=t.compute)
+        self.gradients = torch.zeros_like(self.values, dtype=t.gradients)
         for w in weights:
             home = self.of(w, self.values)
             home.copy_(w.detach())
             w.data = home
             w.register_post_accumulate_grad_hook(self._collect)  # type: ignore[no-untyped-call]
+        self.restore({})
 
     def of(self, w: Weight, flat: Tensor) -> Tensor:
         """A parameter's place in a flat tensor of this layout."""
         start = self.starts[w]
         return flat[start : start + w.numel()].view(w.shape)
+
+    def blank(self) -> Tensor:
+        return torch.zeros(len(self.values))
 
     def _collect(self, w: Tensor) -> None:
         assert isinstance(w, Weight)
@@ -55,48 +63,25 @@ class Buffer:
         self.of(w, self.gradients).add_(w.grad)
         w.grad = None
 
-    def owned(self, w: Weight) -> range:
-        """The elements of a parameter that this rank updates: all, or what falls into its share of the bucket."""
-        start = self.starts[w]
-        if not self.distributed:
-            return range(w.numel())
-        bucket = next(b for b in self.buckets if b.start <= start < b.end)
-        size = (bucket.end - bucket.start) // self.group.size()
-        mine = bucket.start + self.group.rank() * size
-        return range(max(mine - start, 0), min(mine + size - start, w.numel()))
+    def share(self, values: Mapping[Weight, float]) -> Tensor:
+        """This rank's share of a flat tensor with one value per parameter."""
+        flat = self.blank()
+        for w in self.starts:
+            self.of(w, flat).fill_(values[w])
+        return flat[self.mine]
 
-    def average_gradients(self, copies: int) -> None:
-        """Sums over the group, divided by the data-parallel copies; a distributed optimizer gets its share of the sum alone."""
-        self.gradients /= copies
-        if not self.distributed:
-            dist.all_reduce(self.gradients, group=self.group)
-            return
-        for bucket in self.buckets:
-            parts = [part.clone() for part in self._shares(bucket, self.gradients)]
-            dist.reduce_scatter(self._shares(bucket, self.gradients)[self.group.rank()], parts, group=self.group)
-
-    def _shares(self, bucket: Bucket, flat: Tensor) -> list[Tensor]:
-        return list(flat[bucket.start : bucket.end].chunk(self.group.size()))
-
-    def gather(self, flat: Tensor) -> None:
-        """Every rank's share of a flat tensor, brought to all ranks."""
-        for bucket in self.buckets if self.distributed else ():
-            shares = self._shares(bucket, flat)
-            dist.all_gather(shares, shares[self.group.rank()].clone(), group=self.group)
-
-    def flattened(self, tensors: Mapping[Weight, Tensor]) -> Tensor:
-        """Float32 tensors of the parameters' shapes as they are filed: in the buffer's order, less the padding of buckets."""
-        flat = torch.zeros(len(self.values))
-        for w, tensor in tensors.items():
-            self.of(w, flat).copy_(tensor)
-        return torch.cat([flat[b.start : b.filled] for b in self.buckets])
-
-    def with_padding(self, stored: Tensor) -> Tensor:
-        flat, taken = torch.zeros(self.buckets[-1].end, dtype=stored.dtype), 0
-        for b in self.buckets:
-            flat[b.start : b.filled] = stored[taken : taken + b.filled - b.start]
-            taken += b.filled - b.start
+    def gather(self, share: Tensor) -> Tensor:
+        """The flat tensor of which every rank has its share."""
+        flat = self.blank()
+        flat[self.mine] = share
+        if self.distributed:
+            dist.all_reduce(flat, group=self.group)  # the shares do not overlap
         return flat
+
+    def restore(self, flats: Mapping[str, Tensor]) -> None:
+        """This rank's share of flat slots; without them masters begin from the parameters, moments at zero."""
+        fresh = {"param": self.values.float(), "exp_avg": self.blank(), "exp_avg_sq": self.blank()}
+        self.slots = {slot: flat[self.mine] for slot, flat in (fresh | dict(flats)).items()}
 
 
 def layout(weights: Sequence[Weight], ranks: int, distributed: bool) -> tuple[dict[Weight, int], list[Bucket]]:
@@ -108,23 +93,16 @@ def layout(weights: Sequence[Weight], ranks: int, distributed: bool) -> tuple[di
     def aligned(n: int, to: int) -> int:
         return -(-n // to) * to if distributed else n
 
-    def close(filled: int) -> int:
-        end = aligned(filled, lcm(ranks, BUCKET_ALIGNMENT))
-        buckets.append(Bucket(bucket_start, filled, end))
-        return end
-
     starts: dict[Weight, int] = {}
     buckets: list[Bucket] = []
-    bucket_start = at = 0
-    for w in reversed(weights):
-        at = aligned(at, PARAMETER_ALIGNMENT)
-        alone = w.shared and distributed
-        if alone and at > bucket_start:
-            bucket_start = at = close(at)
-        starts[w] = at
+    start = at = 0
+    backward = list(reversed(weights))
+    for w, following in zip(backward, [*backward[1:], None], strict=True):
+        starts[w] = at = aligned(at, PARAMETER_ALIGNMENT)
         at += w.numel()
-        if alone:
-            bucket_start = at = close(at)
-    if at > bucket_start:
-        close(at)
+        if following is None or (distributed and (w.shared or following.shared)):
+            filled = at if following is None or w.shared else aligned(at, PARAMETER_ALIGNMENT)
+            end = aligned(filled, lcm(ranks, BUCKET_ALIGNMENT))
+            buckets.append(Bucket(start, filled, end))
+            start = at = end
     return starts, buckets

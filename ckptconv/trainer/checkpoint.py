@@ -48,7 +48,7 @@ def load(run: Run, folder: Path, *, weights_only: bool = False) -> None:
     saved = (torch_dist if (place / "metadata.json").exists() else rank_files).load(run, place, weights_only)
     if weights_only:
         for member in run.optimizer.members:
-            member.reload()
+            member.restore([{} for _ in member.buffers], ())
         return
     run.scheduler.restore(saved["opt_param_scheduler"])
     run.iteration, run.samples = saved["iteration"], saved["args"].consumed_train_samples

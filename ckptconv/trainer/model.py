@@ -7,27 +7,31 @@ Activations are [sequence, batch, hidden].
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from ckptconv.trainer import parallel
-from ckptconv.trainer.config import Config
-from ckptconv.trainer.parallel import ColumnParallel, Grid, Head, RowParallel, VocabParallelEmbedding, Weight, weight
+from ckptconv.trainer.parallel import ColumnParallel, Grid, RowParallel, VocabParallelEmbedding, Weight, weight
 
 Batch = Mapping[str, Tensor]
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, config: Config, size: int) -> None:
+class Norm(nn.Module):
+    """RMSNorm, or LayerNorm if it has a bias."""
+
+    def __init__(self, grid: Grid, size: int, eps: float, *, bias: bool = False) -> None:
         super().__init__()
-        self.weight = weight(config, (size,), init=None)
-        self.eps = config.model.norm_eps
+        self.weight = weight(grid, (size,), init=None)
+        self.bias = weight(grid, (size,), init=0.0) if bias else None
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        if self.bias is None:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
 
 def rotate(x: Tensor, theta: float) -> Tensor:
@@ -44,14 +48,13 @@ class Attention(nn.Module):
     """Rows of linear_qkv stand by key/value head: its queries, its key, its value. So a cut by rows is a cut by groups."""
 
     def __init__(
-        self, config: Config, grid: Grid, hidden: int, heads: int, kv_heads: int, *, causal: bool, qkv_bias: bool,
-        bias: bool
-    ) -> None:  # fmt: skip
+        self, grid: Grid, hidden: int, heads: int, kv_heads: int, *, causal: bool, qkv_bias: bool, bias: bool
+    ) -> None:
         super().__init__()
         self.size, self.groups, self.queries = hidden // heads, kv_heads // grid.tp, heads // kv_heads
-        self.causal, self.theta = causal, config.model.rope_theta
-        self.linear_proj = RowParallel(config, grid, hidden, hidden, bias=bias)
-        self.linear_qkv = ColumnParallel(config, grid, hidden, (heads + 2 * kv_heads) * self.size, bias=qkv_bias)
+        self.causal, self.theta = causal, grid.config.model.rope_theta
+        self.linear_proj = RowParallel(grid, hidden, hidden, bias=bias)
+        self.linear_qkv = ColumnParallel(grid, hidden, (heads + 2 * kv_heads) * self.size, bias=qkv_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         length, batch, _ = x.shape
@@ -67,26 +70,44 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU. Each rank's linear_fc1 is [gate; up] of its own share."""
+    """Two linears with an activation between. A gated one has no biases; its linear_fc1 is [gate; up] of each rank's share."""
 
-    def __init__(self, config: Config, grid: Grid) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        inputs: int,
+        ffn: int,
+        outputs: int,
+        activation: Callable[[Tensor], Tensor],
+        *,
+        gated: bool = False,
+    ) -> None:
         super().__init__()
-        m = config.model
-        self.linear_fc1 = ColumnParallel(config, grid, m.hidden, 2 * m.ffn, pieces=2)
-        self.linear_fc2 = RowParallel(config, grid, m.ffn, m.hidden)
+        pieces = 2 if gated else 1
+        self.linear_fc1 = ColumnParallel(grid, inputs, pieces * ffn, bias=not gated, pieces=pieces)
+        self.linear_fc2 = RowParallel(grid, ffn, outputs, bias=not gated)
+        self.activation, self.gated = activation, gated
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.linear_fc1(x).chunk(2, -1)
-        return self.linear_fc2(F.silu(gate) * up)  # type: ignore[no-any-return]
+        x = self.linear_fc1(x)
+        if not self.gated:
+            return self.linear_fc2(self.activation(x))  # type: ignore[no-any-return]
+        gate, up = x.chunk(2, -1)
+        return self.linear_fc2(self.activation(gate) * up)  # type: ignore[no-any-return]
+
+
+def swiglu(grid: Grid) -> MLP:
+    m = grid.config.model
+    return MLP(grid, m.hidden, m.ffn, m.hidden, F.silu, gated=True)
 
 
 class Router(nn.Module):
     """How much of each expert a token gets: softmax over the logits of its topk, zero for others."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, grid: Grid) -> None:
         super().__init__()
-        self.weight = weight(config, (config.model.experts, config.model.hidden))
-        self.topk = config.model.topk
+        m = grid.config.model
+        self.weight, self.topk = weight(grid, (m.experts, m.hidden)), m.topk
 
     def forward(self, x: Tensor) -> Tensor:
         logits = F.linear(x, self.weight)
@@ -95,13 +116,15 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    def __init__(self, config: Config, grid: Grid) -> None:
+    """The experts of this rank, counted from `first`."""
+
+    def __init__(self, grid: Grid) -> None:
         super().__init__()
-        held = config.model.experts // grid.ep
+        held = grid.config.model.experts // grid.ep
         self.first = grid.ep_rank * held
-        self.local_experts = nn.ModuleList(MLP(config, grid) for _ in range(held))
+        self.local_experts = nn.ModuleList(swiglu(grid) for _ in range(held))
         for number, expert in enumerate(self.local_experts, self.first):
-            for w in weights_of(expert):
+            for _, w in named_weights(expert):
                 w.expert = number
 
     def forward(self, x: Tensor, share: Tensor) -> Tensor:
@@ -115,11 +138,9 @@ class Experts(nn.Module):
 class MixtureOfExperts(nn.Module):
     """Every expert rank sees the tokens of all of them, computes its experts' part, and the parts are summed."""
 
-    def __init__(self, config: Config, grid: Grid) -> None:
+    def __init__(self, grid: Grid) -> None:
         super().__init__()
-        self.grid = grid
-        self.router = Router(config)
-        self.experts = Experts(config, grid)
+        self.grid, self.router, self.experts = grid, Router(grid), Experts(grid)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
@@ -129,17 +150,15 @@ class MixtureOfExperts(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: Config, grid: Grid, number: int) -> None:
+    """Layer `number` of the whole model or tower."""
+
+    def __init__(
+        self, number: int, norms: tuple[Norm, Norm], attention: Attention, mlp: nn.Module, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        m = config.model
-        self.dropout = m.dropout
-        self.input_layernorm = RMSNorm(config, m.hidden)
-        self.self_attention = Attention(
-            config, grid, m.hidden, m.heads, m.kv_heads, causal=True, qkv_bias=m.qkv_bias, bias=False
-        )
-        self.pre_mlp_layernorm = RMSNorm(config, m.hidden)
-        self.mlp = MixtureOfExperts(config, grid) if m.experts else MLP(config, grid)
-        for w in weights_of(self):
+        self.input_layernorm, self.self_attention, self.pre_mlp_layernorm, self.mlp = norms[0], attention, norms[1], mlp
+        self.dropout = dropout
+        for _, w in named_weights(self):
             w.layer = number
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,19 +166,24 @@ class Layer(nn.Module):
         return x + F.dropout(self.mlp(self.pre_mlp_layernorm(x)), self.dropout, self.training)
 
 
-class Embedding(nn.Module):
-    def __init__(self, config: Config, grid: Grid) -> None:
-        super().__init__()
-        self.word_embeddings = VocabParallelEmbedding(config, grid)
-        self.word_embeddings.weight.shared = config.model.tied
+def language_layer(grid: Grid, number: int) -> Layer:
+    m = grid.config.model
+    norms = Norm(grid, m.hidden, m.norm_eps), Norm(grid, m.hidden, m.norm_eps)
+    attention = Attention(grid, m.hidden, m.heads, m.kv_heads, causal=True, qkv_bias=m.qkv_bias, bias=False)
+    return Layer(number, norms, attention, MixtureOfExperts(grid) if m.experts else swiglu(grid), m.dropout)
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: Config, grid: Grid, layers: range, last: bool) -> None:
+    """Layers one after the other; Megatron calls those of a vision tower a decoder too."""
+
+    def __init__(self, layers: Iterable[Layer], norm: Norm | None = None) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(config, grid, number) for number in layers)
-        if last:
-            self.final_layernorm = RMSNorm(config, config.model.hidden)
+        self.layers, self.final_layernorm = nn.ModuleList(layers), norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x if self.final_layernorm is None else self.final_layernorm(x)
 
 
 class Stage(nn.Module):
@@ -168,41 +192,37 @@ class Stage(nn.Module):
     A tied model with several stages has the shared weight twice, on the first and the last; with one stage the head has none.
     """
 
-    def __init__(self, config: Config, grid: Grid, number: int) -> None:
+    def __init__(self, grid: Grid, number: int) -> None:
         super().__init__()
-        stages = config.layout.pp * config.layout.vpp
-        per = config.model.layers // stages
-        self.grid, self.first, self.last = grid, number == 0, number == stages - 1
+        m, at = grid.config.model, grid.config.layout
+        per = m.layers // (at.pp * at.vpp)
+        self.grid, self.first, self.last = grid, number == 0, number == at.pp * at.vpp - 1
         if self.first:
-            self.embedding = Embedding(config, grid)
-        self.decoder = Decoder(config, grid, range(number * per, (number + 1) * per), self.last)
+            self.embedding = nn.ModuleDict({"word_embeddings": VocabParallelEmbedding(grid)})
+        layers = (language_layer(grid, n) for n in range(number * per, (number + 1) * per))
+        self.decoder = Decoder(layers, Norm(grid, m.hidden, m.norm_eps) if self.last else None)
         if self.last:
-            self.output_layer = Head(config, grid, tied=config.model.tied and self.first)
-            if self.output_layer.weight is not None:
-                self.output_layer.weight.shared = config.model.tied
+            self.output_layer = ColumnParallel(grid, m.hidden, m.vocab)
+            if m.tied and self.first:
+                self.output_layer.weight = None
+            elif self.output_layer.weight is not None:
+                self.output_layer.weight.shared = m.tied
 
     def embed(self, batch: Batch) -> Tensor:
-        return self.embedding.word_embeddings(batch["tokens"].t())  # type: ignore[no-any-return]
+        return self.embedding["word_embeddings"](batch["tokens"].t())  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor | None, batch: Batch) -> Tensor:
         """Hidden states for the next stage; from the last stage the loss, or logits [sequence, batch, vocab / tp] without labels."""
-        x = self.embed(batch) if x is None else x
-        for layer in self.decoder.layers:
-            x = layer(x)
+        x = self.decoder(self.embed(batch) if x is None else x)
         if not self.last:
             return x
-        tied = self.embedding.word_embeddings.weight if self.output_layer.weight is None else None
-        logits = self.output_layer(self.decoder.final_layernorm(x), tied)
+        tied = self.embedding["word_embeddings"].weight if self.output_layer.weight is None else None
+        logits: Tensor = self.output_layer(x, tied)
         if "labels" not in batch:
-            return logits  # type: ignore[no-any-return]
+            return logits
         labels, mask = batch["labels"].t(), batch["loss_mask"].t()
         losses = parallel.vocab_parallel_loss(logits[-labels.shape[0] :], labels, self.grid)
         return (losses * mask).sum() / mask.sum()
-
-
-def weights_of(module: nn.Module) -> Iterator[Weight]:
-    for _, w in named_weights(module):
-        yield w
 
 
 def named_weights(module: nn.Module) -> Iterator[tuple[str, Weight]]:

@@ -3,108 +3,79 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from ckptconv.trainer.buffers import Buffer
-from ckptconv.trainer.config import Config
-from ckptconv.trainer.model import weights_of
+from ckptconv.trainer.buffers import SLOTS, Buffer, Slots
+from ckptconv.trainer.config import TrainingConfig
+from ckptconv.trainer.model import named_weights
 from ckptconv.trainer.parallel import Grid, Weight
-
-SLOTS = ("param", "exp_avg", "exp_avg_sq")
-Slots = dict[str, Tensor]
-
-
-class Piece(NamedTuple):
-    """The elements of a parameter that this rank updates, and their float32 master."""
-
-    buffer: Buffer
-    elements: range
-    start: int  # of the elements in the buffer
-    master: Tensor
-
-    def of(self, flat: Tensor) -> Tensor:
-        return flat[self.start : self.start + len(self.elements)].view(self.master.shape)
 
 
 class Member:
     """One Adam of the chain: for the dense parameters, or for the experts where they are spread over expert ranks.
 
-    `groups` are matrices, which decay, and vectors, which do not; a group is there on every rank if any rank has use for it.
+    `groups` are what torch calls param_groups: matrices, which decay, and vectors, which do not; all ranks have a group if one has
+    use for it.
     """
 
-    def __init__(self, config: Config, grid: Grid, chunks: Sequence[nn.Module], experts: bool) -> None:
-        t = config.training
-        self.experts, self.distributed = experts, t.distributed_optimizer
-        group = grid.expert_data if experts else grid.data
-        trained = [[w for w in weights_of(c) if w.requires_grad and spread(w, grid) == experts] for c in chunks]
-        self.buffers = [Buffer(config, weights, group, self.distributed) for weights in trained if weights]
-        every = [w for weights in trained for w in weights]
-        self.groups = _used_somewhere([[w for w in every if w.dim() > 1], [w for w in every if w.dim() == 1]])
-        self.pieces = {w: piece for b in self.buffers for w in b.starts if (piece := _piece(b, w))}
-        kind = {"is_expert_parallel": experts, "default_config": True}
-        rates = {"lr_mult": 1.0, "is_decoupled_lr": False, "max_lr": t.lr, "min_lr": t.min_lr}
-        groups = [
-            {
-                "params": [self.pieces[w].master for w in weights if w in self.pieces],
-                **kind,
-                "wd_mult": wd_mult,
-                **rates,
-            }
-            for wd_mult, weights in self.groups.items()
-        ]
-        betas = (t.beta1, t.beta2)
-        self.adam = torch.optim.AdamW(groups, lr=t.lr, betas=betas, eps=t.eps, weight_decay=t.weight_decay)
+    def __init__(self, grid: Grid, chunks: Sequence[nn.Module], experts: bool) -> None:
+        t = grid.config.training
+        self.experts, self.distributed, self.steps = experts, t.distributed_optimizer, 0
+        self.betas, self.eps = (t.beta1, t.beta2), t.eps
+        trained = [[w for _, w in named_weights(c) if w.requires_grad and spread(w, grid) == experts] for c in chunks]
+        self.buffers = [Buffer(t, ws, grid.expert_data if experts else grid.data) for ws in trained if ws]
+        settings = torch.optim.AdamW([torch.zeros(0)], t.lr, self.betas, t.eps, t.weight_decay).defaults | {
+            "is_expert_parallel": experts, "default_config": True, "lr_mult": 1.0, "is_decoupled_lr": False,
+            "max_lr": t.lr, "min_lr": t.min_lr,
+        }  # fmt: skip
+        every = [w for ws in trained for w in ws]
+        self.groups: list[dict[str, Any]] = []
+        for matrices in (True, False):
+            params = [w for w in every if (w.dim() > 1) == matrices]
+            dist.all_reduce(users := torch.tensor(len(params)))
+            self.groups += [{"params": params, "wd_mult": float(matrices), **settings}] * bool(users)
 
     def update(self, scale: float) -> None:
-        """Adam on gradients rounded to float32, parameters rounded from the masters."""
-        for p in self.pieces.values():
-            p.master.grad = (p.of(p.buffer.gradients) * scale).float()
-        self.adam.step()
-        for p in self.pieces.values():
-            p.of(p.buffer.values).copy_(p.master)
+        """AdamW on gradients rounded to float32; parameters are rounded from the masters."""
+        self.steps += 1
+        unbiased, unbiased_square = (1 - beta**self.steps for beta in self.betas)
+        kept = {w: 1 - group["lr"] * group["weight_decay"] for group in self.groups for w in group["params"]}
         for b in self.buffers:
-            b.gather(b.values)
+            gradient = (b.gradients[b.mine] * scale).float()
+            master, mean, square = (b.slots[slot] for slot in SLOTS)
+            mean.lerp_(gradient, 1 - self.betas[0])
+            square.mul_(self.betas[1]).addcmul_(gradient, gradient, value=1 - self.betas[1])
+            root = (square / unbiased_square).sqrt() + self.eps
+            master.mul_(b.share(kept)).addcdiv_(mean, root, value=-self.groups[0]["lr"] / unbiased)
+            b.values.copy_(b.gather(master))
             b.gradients.zero_()
 
-    def slots(self) -> dict[Weight, Slots]:
-        """Master and moments of all parameters, gathered from those who own them."""
-        found: dict[Weight, Slots] = {w: {} for b in self.buffers for w in b.starts}
-        for b in self.buffers:
-            for slot in SLOTS:
-                flat = torch.zeros(len(b.values))
-                for p in (p for p in self.pieces.values() if p.buffer is b):
-                    held = {"param": p.master.detach(), **self.adam.state.get(p.master, {})}
-                    p.of(flat).copy_(held.get(slot, torch.zeros(())))
-                b.gather(flat)
-                for w in b.starts:
-                    found[w][slot] = b.of(w, flat)
-        return found
+    def views(self, flats: Sequence[Slots]) -> dict[Weight, Slots]:
+        """Of flat tensors for each buffer, what belongs to each parameter."""
+        pairs = list(zip(self.buffers, flats, strict=True))
+        return {w: {slot: b.of(w, flat) for slot, flat in slots.items()} for b, slots in pairs for w in b.starts}
 
-    def settings(self, steps: int) -> list[dict[str, Any]]:
-        """The parameter groups without the parameters. A distributed optimizer keeps the step count here."""
-        groups = [{k: v for k, v in g.items() if k != "params"} for g in self.adam.state_dict()["param_groups"]]
-        return [g | {"step": float(steps)} for g in groups] if self.distributed else groups
+    def gathered(self) -> list[Slots]:
+        """The flat slots of each buffer, brought together from all who own them."""
+        return [{slot: b.gather(share) for slot, share in b.slots.items()} for b in self.buffers]
 
-    def reload(self) -> None:
-        """Masters begin again from the parameters."""
-        for p in self.pieces.values():
-            p.master.data.copy_(p.of(p.buffer.values))
+    def settings(self) -> list[dict[str, Any]]:
+        """The groups without their parameters. A distributed optimizer keeps the step count here."""
+        step = {"step": float(self.steps)} if self.distributed else {}
+        return [{key: value for key, value in group.items() if key != "params"} | step for group in self.groups]
 
-    def restore(self, w: Weight, slots: Slots, steps: int) -> None:
-        """What this rank owns of a parameter's slots, taken over."""
-        if (p := self.pieces.get(w)) is None:
-            return
-        mine = slice(p.elements.start, p.elements.stop)
-        own = {slot: whole.reshape(-1)[mine].view(p.master.shape) for slot, whole in slots.items()}
-        p.master.data.copy_(own["param"])
-        if steps:
-            moments = {slot: own[slot].clone() for slot in SLOTS[1:]}
-            self.adam.state[p.master] = {"step": torch.tensor(float(steps)), **moments}
+    def restore(self, flats: Sequence[Slots], steps: Collection[float]) -> None:
+        """Slots and the count of updates, which is one for all parameters; nothing (`steps` empty) begins anew."""
+        if len(set(steps)) > 1:
+            raise ValueError(f"parameters of one optimizer have made different numbers of steps: {sorted(set(steps))}")
+        self.steps = int(max(steps, default=0))
+        for b, slots in zip(self.buffers, flats, strict=True):
+            b.restore(slots)
 
 
 def spread(w: Weight, grid: Grid) -> bool:
@@ -122,64 +93,40 @@ def speaks_for(w: Weight, grid: Grid, *, shared_out: bool = False) -> bool:
     return (shared_out or copy == 0) and not again and (w.cut is not None or grid.tp_rank == 0)
 
 
-def _used_somewhere(groups: list[list[Weight]]) -> dict[float, list[Weight]]:
-    """By their multiple of the weight decay, those groups that are not empty on all ranks."""
-    used = torch.tensor([bool(g) for g in groups], dtype=torch.int32)
-    dist.all_reduce(used, dist.ReduceOp.MAX)
-    return {wd_mult: g for wd_mult, g, flag in zip((1.0, 0.0), groups, used.tolist(), strict=True) if flag}
-
-
-def _piece(buffer: Buffer, w: Weight) -> Piece | None:
-    own = buffer.owned(w)
-    if not own:
-        return None
-    master = w.detach().reshape(-1)[own.start : own.stop].float().clone()
-    return Piece(buffer, own, buffer.starts[w] + own.start, master if buffer.distributed else master.view(w.shape))
-
-
 class Optimizer:
     """The chain of members, and what they share: the average over copies, the tied weights' sum, the norm, the clip."""
 
-    def __init__(self, config: Config, grid: Grid, chunks: Sequence[nn.Module]) -> None:
-        self.grid, self.clip = grid, config.training.clip
-        self.members = [Member(config, grid, chunks, experts) for experts in (False, True)[: 2 if grid.ep > 1 else 1]]
+    def __init__(self, grid: Grid, chunks: Sequence[nn.Module]) -> None:
+        self.grid, self.training = grid, grid.config.training
+        self.members = [Member(grid, chunks, experts) for experts in (False, True)[: 2 if grid.ep > 1 else 1]]
         if not any(m.groups for m in self.members):
-            raise ValueError(f"freeze = {config.training.freeze}: nothing is left to train")
+            raise ValueError(f"freeze = {self.training.freeze}: nothing is left to train")
 
     @torch.no_grad()
     def step(self) -> float:
         """One update; the norm of the gradient before clipping."""
-        for m in self.members:
-            for b in m.buffers:
-                b.average_gradients(self.grid.dp)
-        self._sum_shared()
-        norm = self._norm()
-        for m in self.members:
-            m.update(min(1.0, self.clip / (norm + 1e-6)))
-        return norm
-
-    def _sum_shared(self) -> None:
-        """A tied weight on the first and the last stage gets the gradient of both uses, so that the copies stay equal."""
-        for w, p in self.members[0].pieces.items():
-            for ends in self.grid.ends if w.shared else ():
-                dist.all_reduce(p.of(p.buffer.gradients), group=ends)
-
-    def _norm(self) -> float:
-        """Over all parameters of the model, each element counted once."""
         total = torch.zeros((), dtype=torch.float64)
-        for m in self.members:
-            for w, p in m.pieces.items():
-                if speaks_for(w, self.grid, shared_out=m.distributed):
-                    total += p.of(p.buffer.gradients).double().square().sum()
+        for b in (b for m in self.members for b in m.buffers):
+            b.gradients /= self.grid.dp
+            dist.all_reduce(b.gradients, group=b.group)
+            for w in b.starts:
+                for ends in (
+                    self.grid.ends if w.shared else ()
+                ):  # both uses of a tied weight count, so that its copies stay equal
+                    dist.all_reduce(b.of(w, b.gradients), group=ends)
+            counted = b.share({w: speaks_for(w, self.grid, shared_out=b.distributed) for w in b.starts})
+            total += (b.gradients[b.mine] * counted).double().square().sum()
         dist.all_reduce(total)
-        return math.sqrt(total.item())
+        norm = math.sqrt(total.item())
+        for m in self.members:
+            m.update(min(1.0, self.training.clip / (norm + 1e-6)))
+        return norm
 
 
 class Scheduler:
     """Megatron's: the learning rate rises from zero over `warmup` samples and falls until `decay`. Its state counts samples."""
 
-    def __init__(self, config: Config, optimizer: Optimizer) -> None:
-        t = config.training
+    def __init__(self, t: TrainingConfig, optimizer: Optimizer) -> None:
         self.samples = 0
         self.optimizer = optimizer
         self.settings: dict[str, Any] = {
@@ -205,7 +152,7 @@ class Scheduler:
     def advance(self, samples: int) -> None:
         self.samples += samples
         for member in self.optimizer.members:
-            for group in member.adam.param_groups:
+            for group in member.groups:
                 group["lr"] = self.rate()
                 group["weight_decay"] = self.settings["end_wd"] * group["wd_mult"]
 

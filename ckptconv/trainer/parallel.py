@@ -22,14 +22,14 @@ Exchange = Callable[[Tensor, Group], Tensor]
 
 
 class Grid:
-    """The ranks as a block of pipeline x replica x expert x tensor, last axis fastest, which is Megatron's order.
+    """The ranks of a run as a block of pipeline x replica x expert x tensor, last axis fastest, which is Megatron's order.
 
     Data-parallel copies are the two middle axes taken together: ranks of one expert group see different data too.
     """
 
     def __init__(self, config: Config) -> None:
         at, world = config.layout, dist.get_world_size()
-        self.dp = config.check(world)
+        self.config, self.dp = config, config.check(world)
         self.tp, self.pp, self.ep = at.tp, at.pp, at.ep
         self.ranks = torch.arange(world).view(self.pp, self.dp // self.ep, self.ep, self.tp)
         here = (self.ranks == dist.get_rank()).nonzero()[0].tolist()
@@ -68,9 +68,9 @@ class Weight(nn.Parameter):
     cut: int | None
     pieces: int
     init: float | None
-    layer: int | None
-    expert: int | None
-    shared: bool
+    layer: int | None = None
+    expert: int | None = None
+    shared: bool = False
 
     def part(self, whole: Tensor, rank: int, ranks: int) -> Tensor:
         """What a rank holds of a whole tensor."""
@@ -80,13 +80,11 @@ class Weight(nn.Parameter):
 
 
 def weight(
-    config: Config, shape: tuple[int, ...], cut: int | None = None, pieces: int = 1, init: float | None = 0.02
+    grid: Grid, shape: tuple[int, ...], cut: int | None = None, pieces: int = 1, init: float | None = 0.02
 ) -> Weight:
-    local = [n // config.layout.tp if axis == cut else n for axis, n in enumerate(shape)]
-    made = Weight(torch.empty(local, dtype=config.training.compute))
+    local = [n // grid.tp if axis == cut else n for axis, n in enumerate(shape)]
+    made = Weight(torch.empty(local, dtype=grid.config.training.compute))
     made.whole, made.cut, made.pieces, made.init = shape, cut, pieces, init
-    made.layer = made.expert = None
-    made.shared = False
     return made
 
 
@@ -152,37 +150,35 @@ def scatter_tokens(x: Tensor, grid: Grid) -> Tensor:
 class _Linear(nn.Module):
     """What Megatron's linears have in common: each has an (empty) extra state, and so a key in the checkpoint."""
 
-    def __init__(self, grid: Grid, rows: Weight | None, bias: Weight | None) -> None:
+    def __init__(self, grid: Grid, matrix: Weight, bias: Weight | None) -> None:
         super().__init__()
-        self.grid, self.weight, self.bias = grid, rows, bias
+        self.grid, self.bias = grid, bias
+        self.weight: Weight | None = matrix
 
-    def get_extra_state(self) -> None:
-        return None
+    def get_extra_state(self) -> None: ...
 
-    def set_extra_state(self, state: object) -> None:
-        pass
+    def set_extra_state(self, state: object) -> None: ...
 
 
 class ColumnParallel(_Linear):
-    """Rows of the weight are cut, and so are its outputs."""
+    """Rows of the weight are cut, and so are its outputs. A tied output layer has no rows and is given the embedding's."""
 
-    def __init__(
-        self, config: Config, grid: Grid, inputs: int, outputs: int, *, bias: bool = False, pieces: int = 1
-    ) -> None:  # fmt: skip
-        rows = weight(config, (outputs, inputs), 0, pieces)
-        super().__init__(grid, rows, weight(config, (outputs,), 0, pieces, init=0.0) if bias else None)
+    def __init__(self, grid: Grid, inputs: int, outputs: int, *, bias: bool = False, pieces: int = 1) -> None:
+        rows = weight(grid, (outputs, inputs), 0, pieces)
+        super().__init__(grid, rows, weight(grid, (outputs,), 0, pieces, init=0.0) if bias else None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        assert self.weight is not None
-        return F.linear(copy(x, self.grid), self.weight, self.bias)
+    def forward(self, x: Tensor, tied: Tensor | None = None) -> Tensor:
+        rows = self.weight if tied is None else tied
+        assert rows is not None
+        return F.linear(copy(x, self.grid), rows, self.bias)
 
 
 class RowParallel(_Linear):
     """Columns of the weight are cut, as its inputs are; the bias is whole and added once, after the sum."""
 
-    def __init__(self, config: Config, grid: Grid, inputs: int, outputs: int, *, bias: bool = False) -> None:
-        columns = weight(config, (outputs, inputs), 1, init=0.02 / (2 * config.model.layers) ** 0.5)
-        super().__init__(grid, columns, weight(config, (outputs,), init=0.0) if bias else None)
+    def __init__(self, grid: Grid, inputs: int, outputs: int, *, bias: bool = False) -> None:
+        columns = weight(grid, (outputs, inputs), 1, init=0.02 / (2 * grid.config.model.layers) ** 0.5)
+        super().__init__(grid, columns, weight(grid, (outputs,), init=0.0) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.weight is not None
@@ -190,26 +186,14 @@ class RowParallel(_Linear):
         return y if self.bias is None else y + self.bias
 
 
-class Head(_Linear):
-    """The output layer: logits of this rank's part of the vocabulary. A tied head on the embedding's stage has no weight."""
-
-    def __init__(self, config: Config, grid: Grid, *, tied: bool) -> None:
-        rows = None if tied else weight(config, (config.model.vocab, config.model.hidden), 0)
-        super().__init__(grid, rows, None)
-
-    def forward(self, x: Tensor, embedding: Tensor | None) -> Tensor:
-        rows = self.weight if embedding is None else embedding
-        assert rows is not None
-        return F.linear(copy(x, self.grid), rows)
-
-
 class VocabParallelEmbedding(nn.Module):
     """Each rank looks up the tokens of its own rows and gives zeros for others; the sum is the embedding."""
 
-    def __init__(self, config: Config, grid: Grid) -> None:
+    def __init__(self, grid: Grid) -> None:
         super().__init__()
-        self.grid = grid
-        self.weight = weight(config, (config.model.vocab, config.model.hidden), 0)
+        m = grid.config.model
+        self.grid, self.weight = grid, weight(grid, (m.vocab, m.hidden), 0)
+        self.weight.shared = m.tied
 
     def forward(self, ids: Tensor) -> Tensor:
         row, foreign = _own_rows(ids, self.weight.shape[0], self.grid)

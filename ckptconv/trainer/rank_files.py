@@ -7,14 +7,15 @@ resumed at the layout it was saved at (the number of data-parallel copies may ch
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ckptconv.trainer.config import Config
-from ckptconv.trainer.optimizer import SLOTS, Member
+from ckptconv.trainer.buffers import SLOTS, Slots
+from ckptconv.trainer.optimizer import Member
 from ckptconv.trainer.parallel import Weight
 
 if TYPE_CHECKING:
@@ -22,15 +23,22 @@ if TYPE_CHECKING:
 
 
 def save(run: Run, place: Path, common: dict[str, Any]) -> None:
-    folder, members = _folder(run, place, run.grid.ep_rank), run.optimizer.members
-    flat = [_flat_state(run, m) for m in members] if members[0].distributed else []
-    if run.grid.replica:
+    g, members, t = run.grid, run.optimizer.members, run.config.training
+    flats = [m.gathered() for m in members]  # every rank takes part
+    if g.replica:
         return  # another copy writes the same
+    folder = _folder(run, place, g.ep_rank)
     folder.mkdir(parents=True, exist_ok=True)
-    if flat:
-        torch.save(_single(flat), folder / "distrib_optim.pt")
-    common |= {key: _parameters(run.config, chunk) for key, chunk in _chunks(run)}
-    common["optimizer"] = _single([_optimizer_state(run, m) for m in members])
+    for key, chunk in _chunks(run):
+        state = {k: v if v is None else v.detach().to(t.stored, copy=True) for k, v in chunk.state_dict().items()}
+        common[key] = OrderedDict(state)
+    pairs = list(zip(members, flats, strict=True))
+    if t.distributed_optimizer:  # the dense parameters of all expert ranks are in the first one's file
+        common["optimizer"] = _single([{"optimizer": {"param_groups": m.settings()}} for m in members])
+        held = [_flat_file(m, f, t.stored) if m.experts or not g.ep_rank else None for m, f in pairs]
+        torch.save(_single(held), folder / "distrib_optim.pt")
+    else:
+        common["optimizer"] = _single([_lists(m, f, masters=t.precision == "bf16") for m, f in pairs])
     torch.save(common, folder / "model_optim_rng.pt")
 
 
@@ -42,12 +50,12 @@ def load(run: Run, place: Path, weights_only: bool) -> dict[str, Any]:
     members = () if weights_only else run.optimizer.members
     for i, member in enumerate(members):
         state = saved["optimizer"] if len(members) == 1 else saved["optimizer"][i]
-        if member.distributed:  # the dense parameters of all expert ranks are in the first one's file
+        if member.distributed:
             home = _folder(run, place, run.grid.ep_rank if member.experts else 0)
-            shares = torch.load(home / "distrib_optim.pt", weights_only=False)
-            _restore_flat(member, shares if len(members) == 1 else shares[i], state)
+            held = torch.load(home / "distrib_optim.pt", weights_only=False)
+            _restore_flat(member, held if len(members) == 1 else held[i], state)
         else:
-            _restore_plain(member, state)
+            _restore_lists(member, state)
     return saved
 
 
@@ -82,52 +90,54 @@ def _single(states: list[Any]) -> Any:
     return states[0] if len(states) == 1 else states
 
 
-def _parameters(config: Config, chunk: nn.Module) -> OrderedDict[str, Tensor | None]:
-    dtype = config.training.stored
-    return OrderedDict((k, v if v is None else v.detach().to(dtype, copy=True)) for k, v in chunk.state_dict().items())
-
-
-def _optimizer_state(run: Run, member: Member) -> dict[str, Any]:
-    """As Megatron's three optimizers have it: moments under torch's own numbers, masters in a list per group."""
-    if member.distributed:
-        return {"optimizer": {"param_groups": member.settings(run.iteration)}}
-    state = member.adam.state_dict()
-    if run.config.training.precision != "bf16":
-        return state
-    masters = [[_marked(w, member.pieces[w].master) for w in weights] for weights in member.groups.values()]
-    return {"optimizer": state, "fp32_from_fp16_params": masters}
-
-
-def _restore_plain(member: Member, state: dict[str, Any]) -> None:
-    member.reload()
-    for weights, masters in zip(member.groups.values(), state.get("fp32_from_fp16_params", ()), strict=False):
-        for w, master in zip(weights, masters, strict=True):
-            member.pieces[w].master.data.copy_(master)
-    member.adam.load_state_dict(state.get("optimizer", state))
+def _lists(member: Member, flats: Sequence[Slots], *, masters: bool) -> dict[str, Any]:
+    """As Megatron's plain optimizers have it: moments under torch's own numbers, and a list of masters per group if there are any."""
+    slots = member.views(flats)
+    params = [group["params"] for group in member.groups]
+    numbers = {w: i for i, w in enumerate(w for ws in params for w in ws)}
+    step = torch.tensor(float(member.steps))
+    state = {
+        i: {"step": step.clone(), **{slot: slots[w][slot].clone() for slot in SLOTS[1:]}} for w, i in numbers.items()
+    }
+    groups = [g | {"params": [numbers[w] for w in ws]} for g, ws in zip(member.settings(), params, strict=True)]
+    inner = {"state": state, "param_groups": groups}
+    lists = [[_marked(w, slots[w]["param"]) for w in ws] for ws in params]
+    return {"optimizer": inner, "fp32_from_fp16_params": lists} if masters else inner
 
 
 def _marked(w: Weight, master: Tensor) -> Tensor:
     """A master with the attributes that Megatron gives to parts of tensors."""
-    made = master.detach().clone()
+    made = master.clone()
     if w.cut is not None:
         vars(made).update(tensor_model_parallel=True, partition_dim=w.cut, partition_stride=w.pieces)
     return made
 
 
-def _flat_state(run: Run, member: Member) -> dict[object, Any] | None:
-    """The buffers of all owners, on the one rank that has the file: data-parallel rank 0 of this member's group."""
-    dtypes, slots = (run.config.training.stored, torch.float32), member.slots()
+def _restore_lists(member: Member, state: dict[str, Any]) -> None:
+    masters, inner = state.get("fp32_from_fp16_params"), state.get("optimizer", state)
+    flats = [{slot: b.blank() for slot in (SLOTS if masters else SLOTS[1:])} for b in member.buffers]
+    slots, held = member.views(flats), inner["state"]
+    for i, w in enumerate(w for group in member.groups for w in group["params"]):
+        for slot in SLOTS[1:]:
+            slots[w][slot].copy_(held[i][slot])
+    for group, tensors in zip(member.groups, masters or (), strict=False):
+        for w, tensor in zip(group["params"], tensors, strict=True):
+            slots[w]["param"].copy_(tensor)
+    member.restore(flats, [float(entry["step"]) for entry in held.values()])
+
+
+def _flat_file(member: Member, flats: Sequence[Slots], stored: torch.dtype) -> dict[object, Any]:
     buffers: dict[object, Any] = {"buckets_coalesced": True}
-    for i, b in enumerate(member.buffers):
-        flats = {slot: b.flattened({w: slots[w][slot] for w in b.starts}) for slot in SLOTS}
-        buffers[i] = {dtypes: {**flats, "numel_unpadded": len(flats["param"])}}
-    return None if (run.grid.replica if member.experts else run.grid.dp_rank) else buffers
+    for i, (b, slots) in enumerate(zip(member.buffers, flats, strict=True)):
+        filed = {slot: flat[b.filed] for slot, flat in slots.items()}
+        buffers[i] = {(stored, torch.float32): {**filed, "numel_unpadded": len(b.filed)}}
+    return buffers
 
 
-def _restore_flat(member: Member, shares: dict[object, Any], state: dict[str, Any]) -> None:
-    steps = int(state["optimizer"]["param_groups"][0]["step"])
-    for i, b in enumerate(member.buffers):
-        (stored,) = shares[i].values()
-        flats = {slot: b.with_padding(stored[slot]) for slot in SLOTS}
-        for w in b.starts:
-            member.restore(w, {slot: b.of(w, flat) for slot, flat in flats.items()}, steps)
+def _restore_flat(member: Member, held: dict[object, Any], state: dict[str, Any]) -> None:
+    flats = [{slot: b.blank() for slot in SLOTS} for b in member.buffers]
+    for i, (b, slots) in enumerate(zip(member.buffers, flats, strict=True)):
+        (filed,) = held[i].values()
+        for slot, flat in slots.items():
+            flat[b.filed] = filed[slot]
+    member.restore(flats, [group["step"] for group in state["optimizer"]["param_groups"]])

@@ -37,9 +37,9 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config, self.grid = config, Grid(config)
         at, t = config.layout, config.training
-        self.chunks = [build(config, self.grid, c * at.pp + self.grid.pp_rank) for c in range(at.vpp)]
-        self.optimizer = Optimizer(config, self.grid, self.chunks)
-        self.scheduler = Scheduler(config, self.optimizer)
+        self.chunks = [build(self.grid, c * at.pp + self.grid.pp_rank) for c in range(at.vpp)]
+        self.optimizer = Optimizer(self.grid, self.chunks)
+        self.scheduler = Scheduler(t, self.optimizer)
         self.iteration = self.samples = 0
         self._seed(t.seed + 100 * self.grid.pp_rank)
 
@@ -56,8 +56,7 @@ class Run:
         per_copy = t.global_batch // (t.micro_batch * grid.dp)
         first = [self.samples + (j * grid.dp + grid.dp_rank) * t.micro_batch for j in range(per_copy)]
         batches = [data.batch(self.config, range(n, n + t.micro_batch)) for n in first]
-        shape = (self.config.positions, t.micro_batch, self.config.model.hidden)
-        loss = pipeline.run(self.chunks, grid, batches, shape, t.compute)
+        loss = pipeline.run(self.chunks, grid, batches)
         dist.all_reduce(loss)
         norm = self.optimizer.step()
         self.scheduler.advance(t.global_batch)
@@ -66,13 +65,13 @@ class Run:
         return loss.item() / (grid.dp * grid.tp), norm
 
 
-def build(config: Config, grid: Grid, number: int) -> nn.Module:
+def build(grid: Grid, number: int) -> nn.Module:
     """Virtual stage `number`, started from the seed, with what is frozen frozen."""
-    vision = config.vision
-    stage = VisionLanguageStage(config, grid, vision, number) if vision else Stage(config, grid, number)
-    initialize(stage, grid, config.training.seed)
+    vision, t = grid.config.vision, grid.config.training
+    stage = VisionLanguageStage(grid, vision, number) if vision else Stage(grid, number)
+    initialize(stage, grid, t.seed)
     for name, w in named_weights(stage):
-        w.requires_grad_(not name.startswith(config.training.freeze))
+        w.requires_grad_(not name.startswith(t.freeze))
     return stage
 
 

@@ -7,9 +7,8 @@ other, each uncut. What is no tensor is in common.pt, from rank 0.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -17,20 +16,12 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import (
-    LoadItemType,
-    LoadPlan,
-    ReadItem,
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from ckptconv.trainer.buffers import Slots
 from ckptconv.trainer.model import named_weights, without_numbers
-from ckptconv.trainer.optimizer import Member, Slots, speaks_for
+from ckptconv.trainer.optimizer import Member, speaks_for
 from ckptconv.trainer.parallel import Weight
 
 if TYPE_CHECKING:
@@ -39,79 +30,60 @@ if TYPE_CHECKING:
 METADATA = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}'
 
 
-class Part(NamedTuple):
-    """A block of a whole tensor, and the tensor that holds it."""
+class Blocks:
+    """This rank's blocks of a whole tensor, by where they begin; DCP's default planners ask for them by these methods."""
 
-    key: str
-    whole: tuple[int, ...]
-    offset: tuple[int, ...]
-    tensor: Tensor
+    def __init__(self, whole: tuple[int, ...]) -> None:
+        self.whole = torch.Size(whole)
+        self.held: dict[torch.Size, Tensor] = {}
 
-    @property
-    def where(self) -> MetadataIndex:
-        return MetadataIndex(self.key, torch.Size(self.offset))
+    def at(self, index: MetadataIndex) -> Tensor:
+        assert index.offset is not None
+        return self.held[index.offset]
 
-    @property
-    def chunk(self) -> ChunkStorageMetadata:
-        return ChunkStorageMetadata(torch.Size(self.offset), self.tensor.shape)
+    def size(self) -> torch.Size:
+        return self.whole
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(offset, block.shape) for offset, block in self.held.items()]
+
+    def __create_write_items__(self, key: str, _: object) -> list[WriteItem]:
+        return [
+            WriteItem(
+                MetadataIndex(key, chunk.offsets),
+                WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, TensorProperties.create_from_tensor(block), self.whole),
+            )
+            for chunk, block in zip(self.__create_chunk_list__(), self.held.values(), strict=True)
+        ]
 
 
 class _Save(DefaultSavePlanner):
-    """Writes parts where we say they belong."""
-
-    def __init__(self, parts: list[Part], objects: dict[str, object]) -> None:
-        super().__init__(flatten_state_dict=False)
-        self.held: dict[MetadataIndex, object] = {MetadataIndex(key): value for key, value in objects.items()}
-        self.items = [WriteItem(index, WriteItemType.BYTE_IO) for index in self.held]
-        for p in parts:
-            self.held[p.where] = p.tensor
-            data = TensorWriteData(p.chunk, TensorProperties.create_from_tensor(p.tensor), torch.Size(p.whole))
-            self.items.append(WriteItem(p.where, WriteItemType.SHARD, tensor_data=data))
-
-    def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan(self.items)
-        return self.plan
-
     def lookup_object(self, index: MetadataIndex) -> Any:
-        return self.held[MetadataIndex(index.fqn, index.offset)]
+        found = self.state_dict[index.fqn]
+        return found.at(index) if isinstance(found, Blocks) else found
 
 
 class _Load(DefaultLoadPlanner):
-    """Fills parts from whatever blocks the checkpoint has; objects as far as they are there."""
-
-    def __init__(self, parts: list[Part], objects: list[str]) -> None:
-        super().__init__(flatten_state_dict=False)
-        self.parts, self.wanted = parts, objects
-        self.objects: dict[str, Any] = {}
-
-    def create_local_plan(self) -> LoadPlan:
-        assert self.metadata is not None
-        stored, items = self.metadata.state_dict_metadata, []
-        for p in self.parts:
-            found = tuple(getattr(stored.get(p.key), "size", ()))
-            if found != p.whole:
-                raise ValueError(f"{p.key} has shape {found or None} in the checkpoint, {p.whole} in this model")
-            items += create_read_items_for_chunk_list(p.key, stored[p.key], [p.chunk])  # type: ignore[arg-type]
-        self.held = {p.where: p.tensor for p in self.parts}
-        nowhere = torch.Size([0])
-        for index in (MetadataIndex(key) for key in self.wanted if key in stored):
-            items.append(ReadItem(LoadItemType.BYTE_IO, index, nowhere, index, nowhere, nowhere))
-        return LoadPlan(items)
-
-    def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
-        self.objects[read_item.dest_index.fqn] = torch.load(value, weights_only=False)
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        self.state_dict, self.metadata = (
+            state_dict,
+            metadata,
+        )  # the default would leave out what is no tensor of torch's own
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.held[MetadataIndex(index.fqn, index.offset)]
+        return self.state_dict[index.fqn].at(index)  # type: ignore[no-any-return]
 
 
 def save(run: Run, place: Path, common: dict[str, Any]) -> None:
     t, members = run.config.training, run.optimizer.members
-    slots = {w: found for member in members for w, found in member.slots().items()}
+    slots = {w: found for member in members for w, found in member.views(member.gathered()).items()}
     mine = [(name, w) for name, w in _weights(run) if speaks_for(w, run.grid)]
-    parts = [p for name, w in mine for p in _tensors(run, name, w, w.detach().to(t.stored), slots)]
-    objects = dict(_extra_states(run, mine)) | _rng(run, common.pop("rng_state"))
-    state_dict_saver.save({}, storage_writer=FileSystemWriter(place), planner=_Save(parts, objects))
+    filed = _blocks(run, [(name, w, w.detach().to(t.stored)) for name, w in mine], slots)
+    filed |= dict(_extra_states(run, mine)) | {_rng_key(run): common.pop("rng_state")}
+    state_dict_saver.save(filed, storage_writer=FileSystemWriter(place), planner=_Save(flatten_state_dict=False))
     if dist.get_rank() == 0:
         states = dict(enumerate(_state(run, m) for m in members))
         common["optimizer"] = states[0] if len(states) == 1 else states
@@ -125,16 +97,15 @@ def save(run: Run, place: Path, common: dict[str, Any]) -> None:
 def load(run: Run, place: Path, weights_only: bool) -> dict[str, Any]:
     """Fills the model and, unless `weights_only`, the optimizer; what else was saved, with the RNG state if it fits this layout."""
     common: dict[str, Any] = torch.load(place / "common.pt", weights_only=False)
-    members, kept = () if weights_only else run.optimizer.members, _kept_slots(run).values()
-    slots = {w: {slot: torch.zeros(w.shape) for slot in kept} for m in members for w in m.pieces}
-    parts = [p for name, w in _weights(run) for p in _tensors(run, name, w, w.data, slots)]
-    planner = _Load(parts, list(_rng(run, None)))
-    state_dict_loader.load({}, storage_reader=FileSystemReader(place), planner=planner)
-    for member in members:
-        for w in member.pieces:
-            member.restore(w, {"param": w.detach(), **slots[w]}, _steps(common))
-    states = list(planner.objects.values())
-    return common | ({"rng_state": states[0]} if states else {})
+    reader, members = FileSystemReader(place), () if weights_only else run.optimizer.members
+    flats = [[{slot: b.blank() for slot in _kept_slots(run).values()} for b in m.buffers] for m in members]
+    slots = {w: found for m, f in zip(members, flats, strict=True) for w, found in m.views(f).items()}
+    wanted = _blocks(run, [(name, w, w.detach()) for name, w in _weights(run)], slots)
+    wanted |= dict.fromkeys({_rng_key(run)} & reader.read_metadata().state_dict_metadata.keys())
+    state_dict_loader.load(wanted, storage_reader=reader, planner=_Load(flatten_state_dict=False))
+    for member, flat in zip(members, flats, strict=True):
+        member.restore(flat, [_steps(common)])
+    return common | {"rng_state": wanted.get(_rng_key(run), [])}
 
 
 def _weights(run: Run) -> Iterator[tuple[str, Weight]]:
@@ -149,22 +120,22 @@ def _kept_slots(run: Run) -> dict[str, str]:
     return master | {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 
 
-def _tensors(run: Run, name: str, w: Weight, value: Tensor, slots: dict[Weight, Slots]) -> Iterator[Part]:
-    """All that is filed of a parameter."""
-    yield from _parts(run, name, w, "", value)
-    for kept, slot in _kept_slots(run).items() if w in slots else ():
-        yield from _parts(run, name, w, f"optimizer.state.{kept}.", slots[w][slot])
-
-
-def _parts(run: Run, name: str, w: Weight, prefix: str, tensor: Tensor) -> Iterator[Part]:
-    """The block of the whole tensor that this rank's tensor is; two of a gated weight."""
-    key, counts, numbers = _place(run, name, w)
-    for i, part in enumerate(tensor.chunk(w.pieces, w.cut or 0)):
-        offset = [0] * part.dim()
-        if w.cut is not None:
-            offset[w.cut] = i * w.whole[w.cut] // w.pieces + run.grid.tp_rank * part.shape[w.cut]
-        block = part.view(*(1 for _ in counts), *part.shape)
-        yield Part(prefix + key, (*counts, *w.whole), (*numbers, *offset), block)
+def _blocks(run: Run, weights: list[tuple[str, Weight, Tensor]], slots: dict[Weight, Slots]) -> dict[str, Any]:
+    """All that is filed of parameters: blocks of whole tensors, two of a gated weight."""
+    filed: dict[str, Any] = {}
+    for name, w, value in weights:
+        key, counts, numbers = _place(run, name, w)
+        tensors = {"": value}
+        if w in slots:
+            tensors |= {f"optimizer.state.{kept}.": slots[w][slot] for kept, slot in _kept_slots(run).items()}
+        for prefix, tensor in tensors.items():
+            held = filed.setdefault(prefix + key, Blocks((*counts, *w.whole))).held
+            for i, part in enumerate(tensor.chunk(w.pieces, w.cut or 0)):
+                offset = [0] * part.dim()
+                if w.cut is not None:
+                    offset[w.cut] = i * w.whole[w.cut] // w.pieces + run.grid.tp_rank * part.shape[w.cut]
+                held[torch.Size((*numbers, *offset))] = part.view(*(1 for _ in counts), *part.shape)
+    return filed
 
 
 def _place(run: Run, name: str, w: Weight) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
@@ -192,21 +163,21 @@ def _extra_states(run: Run, mine: list[tuple[str, Weight]]) -> Iterator[tuple[st
             yield f"{key}._extra_state/shard_{shard}", [None]
 
 
-def _rng(run: Run, state: object) -> dict[str, object]:
+def _rng_key(run: Run) -> str:
     """One object per stage and tensor rank; with expert ranks, per data-parallel rank too. Equal ones are written once by DCP."""
     g = run.grid
-    at, of = (
-        ((g.pp_rank, g.tp_rank), (g.pp, g.tp)) if g.ep == 1 else ((g.pp_rank, g.tp_rank, g.dp_rank), (g.pp, g.tp, g.dp))
-    )
-    return {f"rng_state/shard_{'.'.join(map(str, at))}_{'.'.join(map(str, of))}": state}
+    at, of = [g.pp_rank, g.tp_rank], [g.pp, g.tp]
+    if g.ep > 1:
+        at, of = [*at, g.dp_rank], [*of, g.dp]
+    return f"rng_state/shard_{'.'.join(map(str, at))}_{'.'.join(map(str, of))}"
 
 
 def _state(run: Run, member: Member) -> dict[str, Any]:
     """What of an optimizer is no tensor of the model's shape."""
-    groups = member.settings(run.iteration)
+    groups = member.settings()
     if member.distributed:
         return {"optimizer": {"param_groups": groups}, "param_state_sharding_type": "fully_reshardable"}
-    state = {"state": {"common_step": torch.tensor(float(run.iteration))}, "param_groups": groups}
+    state = {"state": {"common_step": torch.tensor(float(member.steps))}, "param_groups": groups}
     return {"optimizer": state} if run.config.training.precision == "bf16" else state
 
 

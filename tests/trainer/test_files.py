@@ -93,7 +93,8 @@ def test_masters_stand_in_the_order_of_megatrons_parameters(folder: Path) -> Non
 def test_buffers_of_odd_sizes_are_laid_out_as_megatron_lays_them_out(ranks: int, shared: int | None) -> None:
     """Starts, buckets and padding, with a shared embedding at either end and copies that do not divide the alignment."""
     prepare()
-    ours = [weight(RUN, shape) for shape in ((50, 8), (5,), (7, 3), (64,), (131, 2))]
+    grid: Any = SimpleNamespace(config=RUN, tp=1)
+    ours = [weight(grid, shape) for shape in ((50, 8), (5,), (7, 3), (64,), (131, 2))]
     for i, w in enumerate(ours):
         w.shared = w.shared_embedding = i == shared  # type: ignore[attr-defined]
 

@@ -13,7 +13,7 @@ from ckptconv.trainer import data
 from ckptconv.trainer.__main__ import main
 from ckptconv.trainer.config import Config, ModelConfig, VisionConfig, read
 from ckptconv.trainer.optimizer import Scheduler
-from ckptconv.trainer.pipeline import interleaved, one_forward_one_backward
+from ckptconv.trainer.pipeline import order
 from ckptconv.trainer.plot import draw
 from ckptconv.trainer.run import History
 from tests.judge.patches import prepare
@@ -26,7 +26,7 @@ class Members:
     def __init__(self) -> None:
         self.param_groups: list[dict[str, Any]] = [{"wd_mult": 1.0}, {"wd_mult": 0.0}]
         self.members = [self]
-        self.adam = self
+        self.groups = self.param_groups
 
 
 @pytest.mark.parametrize("style", ["cosine", "linear", "constant"])
@@ -36,7 +36,7 @@ def test_learning_rates_are_those_of_megatrons_scheduler(style: str) -> None:
 
     config = Config().but(decay_style=style, warmup=16, decay=100)
     t, ours, theirs = config.training, Members(), Members()
-    scheduler = Scheduler(config, ours)  # type: ignore[arg-type]
+    scheduler = Scheduler(t, ours)  # type: ignore[arg-type]
     judge = OptimizerParamScheduler(
         theirs, 0.0, t.lr, t.min_lr, t.warmup, t.decay, style, t.weight_decay, t.weight_decay, t.decay, "constant"
     )
@@ -54,7 +54,7 @@ def test_interleaved_order_is_that_of_megatrons_table() -> None:
 
     stages, batches, chunks = 2, 4, 3
     table = get_schedule_table(batches, chunks, stages)
-    ops = interleaved(stages, 0, batches, chunks)
+    ops = order(stages, 0, batches, chunks)
     assert [(op.batch, op.chunk) for op in ops if op.forward] == table
     assert [(op.batch, op.chunk) for op in ops if not op.forward] == [(b, chunks - 1 - c) for b, c in table]
 
@@ -62,7 +62,7 @@ def test_interleaved_order_is_that_of_megatrons_table() -> None:
 @pytest.mark.parametrize(("stages", "rank", "held"), [(4, 0, 4), (4, 3, 1), (1, 0, 1)])
 def test_1f1b_keeps_no_more_micro_batches_than_stages_follow(stages: int, rank: int, held: int) -> None:
     most = now = 0
-    for op in one_forward_one_backward(stages, rank, 8):
+    for op in order(stages, rank, 8, 1):
         now += 1 if op.forward else -1
         most = max(most, now)
     assert (most, now) == (held, 0)

@@ -11,7 +11,7 @@ from ckptconv.containers import storage
 from ckptconv.errors import TopologyError, UsageError
 from ckptconv.formats import Request
 from ckptconv.mapping_files import chosen
-from ckptconv.megatron import dist_loading, dist_saving, run_config, saving
+from ckptconv.megatron import dist_loading, dist_saving, run_config, saving, towers
 from ckptconv.megatron.args_write import refuse_inexpressible
 from ckptconv.megatron.dist_loading import TORCH_DIST, ZARR
 from ckptconv.megatron.extra_state import ExtraState
@@ -22,6 +22,7 @@ from ckptconv.plan import Plan
 from ckptconv.topology import Topology, even
 
 LAYERS = {"stacked": "mcore-dist-stacked", "separate": "mcore-dist"}
+MULTIMODAL = {"stacked": "mcore-dist-vlm-stacked", "separate": "mcore-dist-vlm"}
 DEGREES = ("tp", "pp", "vpp", "ep", "etp")
 
 
@@ -38,6 +39,10 @@ class McoreDistLoad:
             "help": "zarr chunks that are not there: the array's fill value (an error if it has none), or zero",
             "choices": ("fill", "zero"),
         },
+    )
+    vision_heads: int | None = field(
+        default=None,
+        metadata={"help": "attention heads of the vision tower, where neither args nor a config say them"},
     )
 
 
@@ -91,6 +96,12 @@ class McoreDistSave:
             "help": "optimizer state as the distributed optimizer loads it, or the other (default: as the source)"
         },
     )
+    vision_tp: int | None = field(
+        default=None,
+        metadata={
+            "help": "tensor parallel size that will load an InternViT, whose heads need dummy ones for it (default: heads as in the source)"
+        },
+    )
     experts_apart: bool | None = field(
         default=None,
         metadata={
@@ -113,7 +124,7 @@ class McoreDist:
         return path.is_dir() and looks_like(path, lambda folder: is_distributed(folder) and not is_plain(folder))
 
     def load(self, path: Path, options: McoreDistLoad, request: Request) -> Stored:
-        return dist_loading.load(path, options.config, request, self.name, options.zarr_missing)
+        return dist_loading.load(path, options.config, request, self.name, options.zarr_missing, options.vision_heads)
 
     def storage(self, path: Path, request: Request) -> dict[str, object]:
         folder = open_distributed(path, request.iteration).folder
@@ -122,6 +133,10 @@ class McoreDist:
 
     def target(self, checkpoint: Checkpoint, topology: Topology, options: McoreDistSave, request: Request) -> Target:
         config = checkpoint.config
+        if config.kind == "vision":
+            raise UsageError(
+                "Megatron has no distributed checkpoints of a vision tower alone; combine it first, or use mcore"
+            )
         if given := [name for name in DEGREES if topology.degree(name) != 1]:
             flags = ", ".join(f"--{name}" for name in given)
             raise TopologyError(
@@ -133,9 +148,12 @@ class McoreDist:
                 f"--saver.backend {ZARR}: Megatron-Core {show(core.version)} cannot load it; give --mcore-version 0.15 or older"
             )
         refuse_inexpressible(config, core, legacy=False)
-        mapping = chosen(LAYERS[_layers(checkpoint, options)], request.mappings)
+        names = MULTIMODAL if config.towers else LAYERS
+        mapping = chosen(names[_layers(checkpoint, options)], request.mappings)
         rows = saving.vocab_rows(config, topology, saving.divisor(checkpoint.extras, request))
-        return Target(mapping, frozenset({"norm_apart"}), even(config.layers), rows)
+        tower = "tower_local" if options.transformer_impl == LOCAL else "tower_te"
+        variant = frozenset({"norm_apart", tower} if config.towers else {"norm_apart"})
+        return Target(mapping, variant, even(config.layers), rows, heads=_heads(config, options))
 
     def save(self, stored: Stored, options: McoreDistSave, request: Request) -> Plan:
         filing = dist_saving.Filing(
@@ -176,8 +194,14 @@ def _layers(checkpoint: Checkpoint, options: McoreDistSave) -> str:
     mixed = _mixed(checkpoint.config)
     if options.layers == "stacked" and mixed:
         raise UsageError("--saver.layers stacked: the layers are not alike (some have experts); use separate")
-    source = next((n for n, mapping in LAYERS.items() if checkpoint.origin.mapping == mapping), None)
+    named = (*LAYERS.items(), *MULTIMODAL.items())
+    source = next((name for name, mapping in named if checkpoint.origin.mapping == mapping), None)
     return options.layers or ("separate" if mixed else source or "stacked")
+
+
+def _heads(config: ModelConfig, options: McoreDistSave) -> int | None:
+    """The tower's heads for the tensor parallel size that will load it: its dummy heads are in the files."""
+    return towers.padded_heads(config, options.vision_tp) if options.vision_tp is not None else None
 
 
 def _mixed(config: ModelConfig) -> bool:

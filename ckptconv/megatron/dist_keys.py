@@ -55,6 +55,26 @@ def measure_whole(shapes: Dict[str, Shape]) -> Measured:
     return measure(shapes, shapes, _layers(shapes), MCORE, 1, 1)
 
 
+def one_by_one(shapes: Dict[str, Shape]) -> dict[str, Shape]:
+    """The shapes as if each layer had names of its own."""
+    if is_separate(shapes):
+        return dict(shapes)
+    out: dict[str, Shape] = {}
+    for name, shape in shapes.items():
+        before, found, rest = name.partition(_STACKED)
+        if not found:
+            out[name] = shape
+        for i in range(_count(name, shape) if found and shape else 0):
+            out[f"{before}{_STACKED}{i}.{rest}"] = shape[1:]
+    return out
+
+
+def _count(name: str, shape: Shape) -> int:
+    if shape[0] > MAX_LAYERS:
+        raise ConfigError(f"{name} has shape {shape}: {shape[0]:,} layers are damage, not a model")
+    return shape[0]
+
+
 def _layers(shapes: Dict[str, Shape]) -> list[dict[str, Shape]]:
     """The shapes of each layer, under the names that one rank would have for them."""
     if is_separate(shapes):
@@ -68,9 +88,7 @@ def _layers(shapes: Dict[str, Shape]) -> list[dict[str, Shape]]:
     for name, shape in shapes.items():
         _, found, rest = name.partition(_STACKED)
         if found and shape:
-            if shape[0] > MAX_LAYERS:
-                raise ConfigError(f"{name} has shape {shape}: {shape[0]:,} layers are damage, not a model")
-            count = max(count, shape[0])
+            count = max(count, _count(name, shape))
             _put(layer, rest, shape[1:])
     return [layer] * count
 

@@ -13,10 +13,10 @@ from ckptconv.dialect import detect
 from ckptconv.errors import FormatError, UsageError
 from ckptconv.formats import Request
 from ckptconv.mapping_files import chosen
-from ckptconv.megatron import dist_optim, extra_state, hf_beside
+from ckptconv.megatron import dist_optim, extra_state, hf_beside, towers
 from ckptconv.megatron.architecture import Evidence, resolve
 from ckptconv.megatron.args_read import Statement, statement
-from ckptconv.megatron.dist_keys import is_separate, measure_whole, sort_keys
+from ckptconv.megatron.dist_keys import is_separate, measure_whole, one_by_one, sort_keys
 from ckptconv.megatron.folders import open_distributed
 from ckptconv.megatron.rank_file import KNOWN, args_of, state_of, step_of
 from ckptconv.tensor import Shape, Tensor
@@ -39,10 +39,18 @@ class Contents:
 
 
 FORMS = {True: ("mcore-dist", "mcore-dist-singleton"), False: ("mcore-dist-stacked",)}  # by whether layers have names
+MULTIMODAL = {True: ("mcore-dist-vlm",), False: ("mcore-dist-vlm-stacked",)}
 
 
-def load(path: Path, config: Path | None, request: Request, format_name: str, zarr_missing: str = "fill") -> Stored:
-    """Describe the checkpoint from its metadata and the headers of its blobs."""
+def load(
+    path: Path,
+    config: Path | None,
+    request: Request,
+    format_name: str,
+    zarr_missing: str = "fill",
+    heads: int | None = None,
+) -> Stored:
+    """Describe the checkpoint from its metadata and the headers of its blobs. `heads`: those of its vision tower, where stated."""
     iteration = open_distributed(path, request.iteration)
     folder = iteration.folder
     if backend(folder) == ZARR:
@@ -54,9 +62,8 @@ def load(path: Path, config: Path | None, request: Request, format_name: str, za
     common, place = _common(folder, contents)
     args = args_of(common, folder / place)
     said = statement(args, f"{place} args") if args is not None else None
-    stored = from_whole(
-        contents, said, hf_beside.find(config, iteration.hf, request), request, str(folder), format_name
-    )
+    beside = hf_beside.find(config, iteration.hf, request)
+    stored = from_whole(contents, said, beside, request, str(folder), format_name, heads)
     extras = stored.extras
     strays = sorted(str(k)[:60] for k in common if k not in KNOWN)
     notes = (*extras.notes, *((f"left behind in {place}: {', '.join(strays)}",) if strays else ()))
@@ -70,11 +77,19 @@ def load(path: Path, config: Path | None, request: Request, format_name: str, za
 
 
 def from_whole(
-    contents: Contents, said: Statement | None, beside: hf_beside.Beside, request: Request, where: str, format_name: str
+    contents: Contents,
+    said: Statement | None,
+    beside: hf_beside.Beside,
+    request: Request,
+    where: str,
+    format_name: str,
+    heads: int | None = None,
 ) -> Stored:
     """Whole tensors, and the architecture that they and what is said of them agree on."""
     keys = sort_keys(contents.shapes, (key for key in contents.objects if key != COMMON_STATE))
-    measured = measure_whole({key: contents.shapes[key] for key in keys.model})
+    multimodal = towers.is_multimodal(keys.model)
+    shapes = {key: contents.shapes[key] for key in keys.model}
+    measured = measure_whole(towers.under(towers.LANGUAGE, shapes) if multimodal else shapes)
     if not measured.rows:
         raise FormatError(where, "has no embedding.word_embeddings.weight: it is no language model of Megatron-Core")
     family = hf_beside.family(request)
@@ -83,13 +98,17 @@ def from_whole(
         # Megatron-Core pads or cuts the vocabulary when it loads a distributed checkpoint: this is no contradiction
         notes = (f"padded_vocab_size: {said.where} say {said.rows}, the embedding has {measured.rows} rows",)
         said = replace(said, rows=None)
-    evidence = Evidence(
-        measured, said, beside.config, beside.where, beside.given, family.name if family else None, request.vocab
-    )  # fmt: skip
+    name = family.name if family else None
+    evidence = Evidence(measured, said, beside.config, beside.where, beside.given, name, request.vocab)
     architecture, overruled = resolve(evidence)
+    if multimodal:
+        stated = towers.Said(heads=heads, family=towers.family_for(family)).or_else(said.tower if said else None)
+        found = towers.towers(one_by_one(shapes), 1, architecture.towers, stated, where)
+        architecture = replace(architecture, towers=found)
     topology = even(architecture.layers)
     ranks = {Rank(): {Key(name): tensor for name, tensor in contents.tensors(list(keys.model)).items()}}
-    forms = [chosen(form, request.mappings) for form in FORMS[is_separate(keys.model)]]
+    known = (MULTIMODAL if multimodal else FORMS)[is_separate(keys.model)]
+    forms = [chosen(form, request.mappings) for form in known]
     mapping, variant = detect(forms, architecture, topology, ranks)
     strays = [*keys.strays, *contents.unused]
     by_size = {contents.objects[key]: key for key in keys.extra}  # what says nothing is as long in every layer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from collections.abc import Mapping as Dict
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ckptconv.config import ModelConfig, projector_config
 from ckptconv.errors import ConfigError
@@ -20,6 +20,7 @@ from ckptconv.tower_passes import vision_tower
 
 LANGUAGE, VISION, PROJECTOR = "language_model.", "vision_model.", "vision_projection.encoder."
 PATCHES = ("conv1.weight", "embedder.weight")  # one of them is in every tower
+Value = TypeVar("Value")
 LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 HEADS_FLAG = "--loader.vision-heads"
 _QKV, _PROJ = "decoder.layers.0.self_attention.linear_qkv.", "decoder.layers.0.self_attention.linear_proj."
@@ -44,13 +45,14 @@ def is_multimodal(names: Iterable[str]) -> bool:
     return any(name.startswith((LANGUAGE + "decoder.", VISION, PROJECTOR)) for name in names)
 
 
+def under(prefix: str, entries: Dict[str, Value]) -> dict[str, Value]:
+    """What stands under a part's prefix, by its names in the part alone."""
+    return {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
+
+
 def part(content: RankContent, prefix: str) -> RankContent:
     """A rank's file as if it held one part of the model alone."""
-    chunks = tuple(
-        {name.removeprefix(prefix): tensor for name, tensor in chunk.items() if name.startswith(prefix)}
-        for chunk in content.chunks
-    )
-    return replace(content, chunks=chunks)
+    return replace(content, chunks=tuple(under(prefix, chunk) for chunk in content.chunks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ def towers(
     """The towers whose tensors the first tensor rank of the first stage holds."""
     found = {}
     for name, prefix in (("vision", VISION), ("projector", PROJECTOR)):
-        shapes = {key.removeprefix(prefix): shape for key, shape in first.items() if key.startswith(prefix)}
+        shapes = under(prefix, first)
         if shapes and name == "vision":
             found[name] = vision(shapes, tp, replace(said, config=stated.get(name)), where)
         elif shapes:
@@ -185,7 +187,7 @@ def with_extra_state(extra: ExtraState, tensors: Dict[str, Tensor], *, last: boo
         return extra.beside(tensors, last=last)
     out: dict[str, object] = {}
     for prefix in (LANGUAGE, VISION, PROJECTOR):
-        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        own = under(prefix, tensors)
         beside = extra.beside(own, last=last) if prefix == LANGUAGE else _beside_linears(own)
         out |= {prefix + name: value for name, value in beside.items()}
     return out

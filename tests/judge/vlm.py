@@ -18,6 +18,10 @@ from tests.judge.ranks import Layout
 from tests.judge.spec import Config, Spec
 
 IMAGE_TOKEN = -200  # Megatron-Core's own default
+ENGINE_KEYS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
 SUBTYPES = {"clip_vision_model": "clip", "siglip_vision_model": "siglip", "intern_vit_6b": "internvit"}
 
 
@@ -72,8 +76,12 @@ def build_tower(vision: Vision, layout: Layout) -> Any:
     return _blank(_tower_class(CLIPViTModel)(_vision_config(vision, layout), vision_layer(vision), **_image(vision)))
 
 
-def build_llava(whole: Whole, layout: Layout) -> Any:
-    """This rank's LLaVAModel; tower and projector on the first stage alone, as in Megatron's multimodal training."""
+def build_llava(whole: Whole, layout: Layout, *, engine_keys: bool = False) -> Any:
+    """This rank's LLaVAModel; tower and projector on the first stage alone, as in Megatron's multimodal training.
+
+    `engine_keys`: a distributed checkpoint calls the tower's norms as modules of TransformerEngine do, in which they are fused.
+    Megatron-Core's specification of language models on its own modules says the same of itself.
+    """
     import megatron.core.models.multimodal.llava_model as home
     from megatron.core import parallel_state as ps
     from megatron.core.models.vision.clip_vit_model import CLIPViTModel
@@ -81,7 +89,9 @@ def build_llava(whole: Whole, layout: Layout) -> Any:
     home.CLIPViTModel = _tower_class(CLIPViTModel)
     spec, vision = whole.language, whole.vision
     first = ps.is_pipeline_first_stage()
-    image = _image(vision)
+    image, layer = _image(vision), vision_layer(vision)
+    if engine_keys:
+        layer.submodules.sharded_state_dict_keys_map = ENGINE_KEYS
     return _blank(
         home.LLaVAModel(
             _config(spec, layout),
@@ -89,7 +99,7 @@ def build_llava(whole: Whole, layout: Layout) -> Any:
             language_vocab_size=spec.vocab_rows,
             language_max_sequence_length=spec.positions,
             vision_transformer_config=_vision_config(vision, layout),
-            vision_transformer_layer_spec=vision_layer(vision),
+            vision_transformer_layer_spec=layer,
             drop_vision_class_token=bool(vision.class_tokens) and not whole.sees_class_token,
             vision_projection_config=_projector_config(spec, layout),
             vision_projection_layer_spec=_mlp(),

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from ckptconv.cli import main
-from ckptconv.testing.models import make_hf
+from ckptconv.testing.models import make_hf, make_tower
 
 DOCS = Path(__file__).parents[2] / "docs"
 BLOCK = re.compile(r"<!-- file: (\S+) -->\n+```\w*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-# folders that documents may use; the last two have heads and experts as those they are named after
+# folders that documents may use, beside clip/ and run/; the last two have heads and experts as those they are named after
 BIG = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 4, "num_hidden_layers": 32}
 MODELS: dict[str, tuple[str, dict[str, int]]] = {
     "llama": ("llama", {}),
@@ -90,14 +90,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("models")
     for folder, (kind, config) in MODELS.items():
         make_hf(place / folder, kind, dtype="bfloat16", **config)
+    make_tower(place / "clip", "CLIPVisionModel", num_attention_heads=16)  # as many as Megatron's have
     return place
 
 
 @pytest.fixture
 def sandbox(models: Path, tmp_path: Path) -> Path:
     """A folder in which they lie, for the commands of one document."""
-    for folder in MODELS:
-        (tmp_path / folder).symlink_to(models / folder)
+    for folder in models.iterdir():
+        (tmp_path / folder.name).symlink_to(folder)
     for part in TRAINED:
         shutil.copytree(GOLDEN / part, tmp_path / "run", dirs_exist_ok=True)
     return tmp_path

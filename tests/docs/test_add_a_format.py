@@ -29,7 +29,8 @@ def test_plugin_is_listed_with_its_options(plugin: Path, run: Callable[..., Any]
     (row,) = [r for r in listed if r["name"] == "npy"]
     assert row["origin"] == "plug-in ckptconv-npy 0.1.0"
     built_in = [r["name"] for r in listed if r["origin"] == "built-in"]
-    assert built_in == ["hf", "mcore", "mcore-dist", "legacy", "nemo", "dcp"]
+    megatron, nemo = ["mcore", "mcore-dist", "legacy"], ["nemo", "nemo2", "lightning"]
+    assert built_in == ["hf", *megatron, *nemo, "openai-clip", "mm-projector", "dcp"]
     shown = run("ckptconv", "formats", "npy", plugins=(plugin,)).stdout
     assert "--saver.indent" in shown
     assert "spaces of indentation" in shown

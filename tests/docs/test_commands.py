@@ -1,8 +1,8 @@
 """The commands and Python of the documents, run as they stand, and what they are shown to print.
 
-Every line of an `sh` block that begins with ckptconv is run; so is every `$ ckptconv ...` of a `console` block behind
-`<!-- run -->`, whose output is held against what follows it there (`...` stands for anything). A comment `# exit 1`
-says how a command ends, if not well.
+Every line of an `sh` block that begins with ckptconv or `python -m ckptconv` is run; so is every `$ ckptconv ...` of a
+`console` block behind `<!-- run -->`, whose output is held against what follows it there (`...` stands for anything). A
+comment `# exit 1` says how a command ends, if not well. (`shell` blocks are run by tests with models of their own.)
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 RUN = re.compile(r"^(?:```(sh)|<!-- run -->\n+```(console))\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+COMMAND = re.compile(r"(python -m )?ckptconv[. ]")
 EXIT = re.compile(r"#.*\bexit (\d)")
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -40,16 +41,21 @@ class Step(NamedTuple):
 def steps(document: Path) -> Iterator[Step]:
     for plain, shown, text in RUN.findall(document.read_text()):
         if plain:
-            yield from (Step(line) for line in text.splitlines() if line.startswith("ckptconv "))
+            yield from (Step(line.removeprefix("python -m ")) for line in text.splitlines() if COMMAND.match(line))
         for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:] if shown else ():
             line, _, output = part.partition("\n")
             yield Step(line, output)
 
 
-WITH_COMMANDS = [document for document in DOCUMENTS if any(steps(document))]
+RANKS = pytest.mark.xdist_group("ranks")  # several processes: one such test at a time
+WITH_COMMANDS = [
+    pytest.param(document, id=document.name, marks=RANKS if "ckptconv.trainer" in document.read_text() else ())
+    for document in DOCUMENTS
+    if any(steps(document))
+]
 
 
-@pytest.mark.parametrize("document", WITH_COMMANDS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", WITH_COMMANDS)
 def test_commands_of_a_document_run_one_after_the_other(
     document: Path, sandbox: Path, run: Callable[..., subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

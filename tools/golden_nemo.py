@@ -49,6 +49,12 @@ REASONS = {
 }
 
 
+LLAVA = "llava_tiny"  # and its tower alone
+TOWER = "clip_tiny"
+TUNED = 384  # rows of it; those behind are what NeMo's model happened to begin with
+RANKS = {"tp": 2, "pp": 2}
+
+
 @dataclass(frozen=True)
 class Golden:
     """One case; `archive` is not there where the official tool failed."""
@@ -164,6 +170,59 @@ def padding(archive: Path, vocab: int) -> list[str]:
     return wrong
 
 
+def neva_states(path: Path) -> dict[str, Any]:
+    """The tensors of a distributed archive, as torch reads them; without what NeMo had no rows for."""
+    tables = ("word_embeddings.weight", "output_layer.weight")
+    found = torch_dist(members(path))[0]
+    return {name: value[:TUNED] if name.endswith(tables) else value for name, value in found.items()}
+
+
+def neva_rounds(archive: Path, work: Path) -> list[str]:
+    """Cut for ranks, for others, and joined: what torch reads then is what it reads of NeMo's file."""
+    work.mkdir()
+    last = archive
+    for i, layout in enumerate((RANKS, {"tp": 4, "pp": 1}, {"tp": 1, "pp": 4}, {"tp": 1, "pp": 1})):
+        whole = {"weights": "distributed"} if layout == {"tp": 1, "pp": 1} else {}
+        convert(last, work / f"{i}.nemo", saver_options=whole, **layout)
+        last = work / f"{i}.nemo"
+    one, two = torch_dist(members(archive))[0], torch_dist(members(last))[0]
+    return differences({"": {k: leaf(one[k]) for k in sorted(one)}}, {"": {k: leaf(two[k]) for k in sorted(two)}})
+
+
+def neva_forward(archive: Path, work: Path) -> list[str]:
+    """From the LLaVA it was made of, its tower left out: the same tensors, and what the configuration says of the image side."""
+    work.mkdir()
+    inputs = archive.parent.parent
+    options = {"tokenizer": inputs / "add_special_tokens" / "output.model", "frozen_vision": True}
+    named = {"vision_encoder": "openai/clip-vit-large-patch14"}  # as NeMo's converter names it, whatever it is
+    convert(inputs / "_inputs" / LLAVA, work / "ours.nemo", saver="nemo", saver_options={**options, **named})
+    one, two = neva_states(archive), neva_states(work / "ours.nemo")
+    wrong = differences({"": {k: leaf(one[k]) for k in sorted(one)}}, {"": {k: leaf(two[k]) for k in sorted(two)}})
+    theirs, ours = (yaml.safe_load(members(path)["model_config.yaml"]) for path in (archive, work / "ours.nemo"))
+    ours["mm_cfg"]["vision_encoder"].pop("vision_select_feature")  # said, where NeMo takes it for granted
+    return wrong + [f"{key} differs" for key in ("mm_cfg", "target") if ours[key] != theirs[key]]
+
+
+def neva_back(archive: Path, work: Path) -> list[str]:
+    """To the LLaVA that it was made of, with the tower that NeMo left out, bit for bit."""
+    inputs = archive.parent.parent / "_inputs"
+    given: dict[str, Any] = {"loader_options": {"vision_encoder": inputs / TOWER}, "vocab_size": TUNED}
+    convert(archive, work, saver="hf", saver_options={"template": inputs / LLAVA}, **given)
+    same = (inputs / LLAVA / "config.json").read_bytes() == (work / "config.json").read_bytes()
+    return differences({"hf": hf_leaves(inputs / LLAVA)}, {"hf": hf_leaves(work)}) + (
+        [] if same else ["config.json differs"]
+    )
+
+
+def neva_checks(folder: Path) -> Iterator[tuple[str, str, Check]]:
+    for archive in sorted(folder.glob("neva_*/neva.nemo")):
+        name = archive.parent.name
+        yield name, "cut and joined", partial(neva_rounds, archive)
+        if name == "neva_fin":  # the other has no language model, or a tower of its own
+            yield name, f"from _inputs/{LLAVA}", partial(neva_forward, archive)
+            yield name, "back to hf", partial(neva_back, archive)
+
+
 def _rounded(row: str) -> bool:
     return f"{FREQUENCIES}: float32[" in row and "official float16[" in row
 
@@ -254,6 +313,7 @@ def checks(folder: Path) -> Iterator[tuple[str, str, Check]]:
             yield golden.name, "back to hf", partial(back, golden)
         else:
             yield golden.name, "NeMo's tool failed", partial(not_in_nemo, golden)
+    yield from neva_checks(folder)
 
 
 def main() -> int:

@@ -72,6 +72,11 @@ class NemoConfig:
     notes: tuple[str, ...] = ()
 
     @property
+    def name(self) -> str:
+        """What notes call it, which go into the manifest: without the path of the archive."""
+        return _name(self.where)
+
+    @property
     def variant(self) -> frozenset[str]:
         """The form of legacy tensors, which names alone cannot tell."""
         gate = "gate_apart" if self.gate_apart else "gate_joined"
@@ -126,7 +131,7 @@ def statement(nemo: NemoConfig, vocab: int | None) -> Statement:
     fields = model_fields(nemo.args, nemo.where)
     if nemo.gated is not None:
         fields |= {"glu": True, "activation": nemo.gated}
-    return Statement(nemo.where, fields, layout(nemo.args, nemo.where), vocab, nemo.args.get("padded_vocab_size"))
+    return Statement(nemo.name, fields, layout(nemo.args, nemo.where), vocab, nemo.args.get("padded_vocab_size"))
 
 
 def vocabulary(nemo: NemoConfig, tokenizer: bytes | None, where: object = "tokenizer.model") -> int | None:
@@ -176,7 +181,7 @@ def _args(raw: Dict[str, object], where: str, plain_rope: bool) -> tuple[dict[st
     rope, notes = _rope(raw, where, plain_rope)
     window = raw.get("window_size")
     if isinstance(window, list) and window and isinstance(window[0], int):
-        notes += (_window_note(window, where),)
+        notes += (_window_note(window, _name(where)),)
     return args | rope, notes
 
 
@@ -228,13 +233,14 @@ def _rope(raw: Dict[str, object], where: str, plain_rope: bool) -> tuple[dict[st
     }
     if raw.get("position_embedding_type") != "rope" or not _flag(raw, "scale_positional_embedding", where):
         return args, ()
+    name = _name(where)
     if plain_rope:
-        return args, (f"{where}: scale_positional_embedding is true; left out, as asked for",)
+        return args, (f"{name}: scale_positional_embedding is true; left out, as asked for",)
     if raw.get("mcore_gpt") is not True:  # read for Megatron-Core models alone; the buffers of legacy files show it
-        return args, (f"{where}: scale_positional_embedding is true, but does nothing in a legacy model; left out",)
+        return args, (f"{name}: scale_positional_embedding is true, but does nothing in a legacy model; left out",)
     factor = args.get("rotary_seq_len_interpolation_factor")
     args |= {"use_rope_scaling": True, "rope_scaling_factor": 8.0 if factor is None else factor}
-    return args, (_scaling_note(factor, args.get("rotary_base", 10000), where),)
+    return args, (_scaling_note(factor, args.get("rotary_base", 10000), name),)
 
 
 def _scaling_note(factor: object, base: object, where: str) -> str:
@@ -262,6 +268,10 @@ def _precision(raw: Dict[str, object], where: str) -> DType | None:
             f"{where}: precision is {_short(value)}; known: {', '.join(PRECISIONS)}, with -mixed or -true"
         )
     return DTYPES[PRECISIONS[kind]]
+
+
+def _name(where: str) -> str:
+    return where.rpartition("!")[2]
 
 
 def _flag(raw: Dict[str, object], key: str, where: str) -> bool | None:

@@ -15,7 +15,7 @@ import pytest
 from ckptconv.bind import bind
 from ckptconv.canonicalize import canonicalize
 from ckptconv.checkpoint import Checkpoint, Key, Origin, Stored, Target
-from ckptconv.config import ModelConfig, part_of, units
+from ckptconv.config import ModelConfig, part_of, projector_config, units
 from ckptconv.dialect import detect, variants
 from ckptconv.dtypes import BF16
 from ckptconv.errors import ConfigError, CoverageError, MappingError, TopologyError
@@ -72,6 +72,8 @@ SHAPES: dict[str, ModelConfig] = {
         RADIO, family="hf-radio-g", hidden=48, heads=24, kv_heads=24, final_norm=True, layer_scale=True, glu=True, activation="silu",
         mask_token=True, patch_bias=True,
     ),
+    "projector": projector_config(48, 32, 32, mlp_bias=True),
+    "projector-linear": replace(projector_config(48, 0, 32, mlp_bias=True), linear=True),
 }  # fmt: skip
 LAYOUTS: dict[str, Topology] = {
     "whole": even(4),

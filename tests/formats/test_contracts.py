@@ -109,6 +109,8 @@ MAPPINGS: dict[str, dict[str, Any]] = {
         "told_by_names": False,
     },
     "openai-clip": {"shapes": ("clip", "clip-projected"), "layouts": ("whole",)},
+    "nemo-adapter": {"shapes": ("projector", "projector-linear"), "layouts": ("whole", "tp2", "tp4-pp2")},
+    "nemo-neva": {"mapping": "nemo-neva(nemo-mcore,hf-clip)", "layouts": ("whole", "tp2", "tp4-ep2-etp1")},
     "nemo-mcore": {"layouts": ("whole", "tp2", "tp4-ep2-etp1")},
     "nemo-mcore-local": {"layouts": ("whole", "tp2", "tp4-ep2-etp1")},
 }

@@ -324,7 +324,7 @@ def _start(stored: Stored, options: HfSave, request: Request) -> _Start:
         text = json_file.read_bytes(path)
         files = {**files, **side_files(options.template)}
         return _from_text(text, str(path), files, stored, request)
-    if stored.config.towers and not is_family(stored.config.raw, stored.mapping):
+    if stored.config.towers and not _is_own(stored):
         return _Start(None, None, files)  # joined here: each part brings its own config
     if (source := stored.extras.files.get(CONFIG)) is not None:
         text = json_file.read_bytes(source)
@@ -342,6 +342,14 @@ def _start(stored: Stored, options: HfSave, request: Request) -> _Start:
         "the same model), or --saver.config-from-args with --family NAME to make one from the checkpoint's arguments, "
         f"which do not tell these for certain: {'; '.join(untrusted)}"
     )
+
+
+def _is_own(stored: Stored) -> bool:
+    """Whether the configuration that a model of several parts brings along is one of the family that is written."""
+    raw, mapping = stored.config.raw, stored.mapping
+    if not is_family(raw, mapping):
+        return False
+    return family_of(raw, [*families(), mapping]).name.partition("(")[0] == mapping.name.partition("(")[0]
 
 
 def _from_text(text: bytes, where: str, files: Dict[str, Source], stored: Stored, request: Request) -> _Start:

@@ -81,8 +81,8 @@ def family_named(name: str | None, given: Sequence[Mapping]) -> Mapping | None:
     for full in (whole, f"hf-{whole}"):
         if full in known:
             found = chosen(full, [m for m in given if m.name == full])
-            named = [family_named(part.strip(), given) for part in parts.split(",") if parts]
-            return with_parts(found, [m.name for m in named if m]) if named else found
+            named = [f"hf-{part}" if f"hf-{part}" in known else part for part in parts.split(",") if part]
+            return with_parts(found, named) if named else found
     raise UsageError(f"--family {name}: no such family; known: {', '.join(known)}")
 
 
@@ -134,7 +134,7 @@ def read_config(raw: Table, where: str, mapping: Mapping, shapes: Dict[str, Shap
 
 def _with_told(known: Fields, told: Fields) -> dict[str, Any]:
     """What the weights tell goes before what is stated, but for heads: those beyond the stated ones are dummies."""
-    more = told.get("heads", known.get("heads")) != known.get("heads")
+    more = "heads" in known and told.get("heads", known["heads"]) != known["heads"]
     return {**known, **told, **({"true_heads": known["heads"]} if more else {})}
 
 

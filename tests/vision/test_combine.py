@@ -314,3 +314,14 @@ def test_tower_is_swapped_in_a_folder(parts: Path, tmp_path: Path) -> None:
         new = tuned[name.replace("vision_tower.", "", 1)] if name.startswith("vision_tower.") else value
         assert np.array_equal(after[name], new), name
     assert config_json(made) == config_json(parts / "llava")
+
+
+def test_tower_that_a_llava_of_its_authors_lacks_is_put_in(parts: Path, tmp_path: Path) -> None:
+    from tests.vision.test_families import authors
+
+    source = authors({"Llava": parts / "llava"}, tmp_path / "src", tower=False)
+    tower = write(prepare_extract(to_hf(parts / "llava"), "vision"), tmp_path / "tower")
+    job = to_hf(source, **{"image-token": 130, "prefix": ""})
+    made = write(prepare_swap(job, Job(tower), "vision", kind="llava"), tmp_path / "vlm")
+    same(load_file(parts / "llava" / WEIGHTS), load_file(made / WEIGHTS))
+    assert np.array_equal(whole_logits(made, "Llava"), whole_logits(parts / "llava", "Llava"))

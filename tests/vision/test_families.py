@@ -226,3 +226,38 @@ def test_llava_of_its_authors_without_the_tower(sources: dict[str, Path], tmp_pa
     assert config_json(source) == config_json(tmp_path / "again")
     with pytest.raises(ConfigError, match=r"projector and vision, this model has projector"):
         convert(source, tmp_path / "hf", saver="hf", saver_options={"family": "llava(llama,clip)"})
+
+
+def test_llava_of_its_authors_with_the_tower_becomes_that_of_transformers(tmp_path: Path) -> None:
+    """Nothing but tensors tells how large the tower is."""
+    tower = {"model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 3}
+    tower |= {"num_attention_heads": 2, "image_size": 336, "patch_size": 84}
+    whole = make_whole(tmp_path / "whole", "Llava", vision_config=tower)
+    source = authors({"Llava": whole}, tmp_path / "src", tower=True)
+    found = load(source).config.towers["vision"]
+    assert (found.layers, found.hidden, found.heads, found.ffn, found.patch, found.max_positions) == (
+        3,
+        128,
+        2,
+        96,
+        84,
+        17,
+    )
+    convert(
+        source,
+        tmp_path / "hf",
+        saver="hf",
+        saver_options={"family": "llava(llama,clip)", "image-token": 130, "prefix": ""},
+    )
+    same(load_file(whole / WEIGHTS), load_file(tmp_path / "hf" / WEIGHTS))
+    made, wanted = (config_json(folder)["vision_config"] for folder in (tmp_path / "hf", whole))
+    assert {key: made[key] for key in tower} == {key: wanted[key] for key in tower}
+    convert(source, tmp_path / "mcore", saver="mcore", tp=2)
+    convert(
+        tmp_path / "mcore",
+        tmp_path / "back",
+        saver="hf",
+        saver_options={"template": source},
+        loader_options={"vision-heads": 2},
+    )
+    same(load_file(source / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS))

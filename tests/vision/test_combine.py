@@ -246,6 +246,9 @@ def test_any_slice_of_generated_and_literal_bytes_is_the_same(tmp_path: Path) ->
 
     numbers = contiguous(coding.normal(3 * 70_000, 0.5, 3, "a"), (70_000, 3), FP32)
     whole = numbers.numpy()
+    blocks = whole.ravel()[: 3 * (coding.BLOCK // 4)].reshape(3, -1)
+    assert len({block.tobytes() for block in blocks}) == 3
+    assert whole.std() == pytest.approx(0.5, rel=0.01)
     for lo, hi in ((0, 1), (21_845, 21_846), (21_000, 44_000), (69_999, 70_000)):
         assert np.array_equal(numbers.narrow(0, lo, hi).numpy(), whole[lo:hi])
     assert np.array_equal(numbers.narrow(1, 1, 2).numpy(), whole[:, 1:2])

@@ -66,18 +66,22 @@ def test_mistral_and_clip(console: Console, tmp_path: Path, monkeypatch: pytest.
     assert lm["lm_head.weight"].shape == (32064, 64)
 
 
-def test_nvlm(console: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def make_parts_of_nvlm(place: Path) -> None:
     yi: dict[str, Any] = {"num_attention_heads": 56, "num_key_value_heads": 8, "hidden_size": 112, "vocab_size": 128}
-    make_hf(tmp_path / "Yi-34B", "llama", **yi)
+    make_hf(place / "Yi-34B", "llama", **yi)
     shape: dict[str, Any] = {
         "num_attention_heads": 16,
         "num_key_value_heads": 8,
         "hidden_size": 32,
         "num_hidden_layers": 8,
     }
-    make_hf(tmp_path / "Qwen2-72B-Instruct", "qwen2", dtype="bfloat16", **shape)
-    shutil.copytree(GOLDEN / "internvit" / "src", tmp_path / "InternViT-6B-448px-V1-5")
+    make_hf(place / "Qwen2-72B-Instruct", "qwen2", dtype="bfloat16", **shape)
+    shutil.copytree(GOLDEN / "internvit" / "src", place / "InternViT-6B-448px-V1-5")
+
+
+def test_nvlm(console: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_parts_of_nvlm(tmp_path)
     assert len(run("nvlm.md", console, {"17,21,21,21": "1,3,2,2"})) == 12  # 80 layers would take a minute
 
     heads = [

@@ -27,9 +27,13 @@ def hf_tower(folder: Path, kind: str, pixels: torch.Tensor) -> Array:
 
 
 def make_llava(folder: Path, kind: str) -> Path:
-    """`lm`, `vision` and `whole`: transformers' LLaVA with the same weights in it, and a random projector."""
+    """`lm`, `vision` and `whole`: transformers' LLaVA with the same weights in it, and a random projector.
+
+    SigLIP is without its pooling head, which LLaVA does not use.
+    """
+    over = {"vision_use_head": False} if kind == "siglip" else {}
     make_hf(folder / "lm", "llama")
-    make_tower(folder / "vision", f"{TOWERS[kind]}VisionModel")
+    make_tower(folder / "vision", f"{TOWERS[kind]}VisionModel", **over)
     lm = transformers.LlamaForCausalLM.from_pretrained(folder / "lm")
     tower = getattr(transformers, f"{TOWERS[kind]}VisionModel").from_pretrained(folder / "vision")
     config = transformers.LlavaConfig(

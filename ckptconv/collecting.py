@@ -16,8 +16,9 @@ def no_collecting() -> Iterator[None]:
         yield
     finally:
         if was_on:
-            gc.freeze()  # and back: all that was made counts as old, and the next look at new objects does not take it for new
-            gc.unfreeze()
+            if not gc.get_freeze_count():  # what others froze stays so
+                gc.freeze()  # and back: all that was made counts as old, and the next look at new objects does not take it for new
+                gc.unfreeze()
             gc.enable()
 
 
@@ -25,7 +26,8 @@ def no_collecting() -> Iterator[None]:
 def old_ones_kept() -> Iterator[None]:
     """Collection inside looks at new objects only: a plan of many tensors is there to stay, and costs a second to look through."""
     ours = not gc.get_freeze_count()
-    gc.freeze()
+    if ours:
+        gc.freeze()
     try:
         yield
     finally:

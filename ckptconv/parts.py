@@ -9,7 +9,6 @@ from ckptconv.checkpoint import Checkpoint, Extras, Key
 from ckptconv.config import TOWERS, ModelConfig
 from ckptconv.errors import ConfigError, UsageError
 from ckptconv.mapping_files import families_of_parts, load_mapping
-from ckptconv.tensor import Tensor
 
 LANGUAGE = "lm"
 CONFIG = "config.json"  # among the files that travel along
@@ -125,7 +124,9 @@ def _beside(found: Dict[str, Checkpoint]) -> Extras:
     notes = tuple(note for checkpoint in found.values() for note in checkpoint.extras.notes)
     state = [word for checkpoint in found.values() for word in checkpoint.extras.state]
     files = {name: source for part in (*found, LANGUAGE) for name, source in found[part].extras.files.items()}
-    return replace(extras, notes=tuple(dict.fromkeys(notes)), files=files, objects={**extras.objects, "state": state})
+    scratch = tuple(path for checkpoint in found.values() for path in checkpoint.extras.scratch)
+    objects = {**extras.objects, "state": state}
+    return replace(extras, notes=tuple(dict.fromkeys(notes)), files=files, objects=objects, scratch=scratch)
 
 
 def _owner(name: str) -> str | None:
@@ -137,8 +138,3 @@ def _owner(name: str) -> str | None:
 def _article(parts: tuple[str, ...]) -> str:
     names = {LANGUAGE: "a language model", "vision": "a vision tower", "projector": "a projector"}
     return names[parts[0]] if len(parts) == 1 else f"a whole model ({', '.join(parts)})"
-
-
-def tensors_of(checkpoint: Checkpoint, part: str) -> dict[Key, Tensor]:
-    """The tensors of one part, under their names in the whole model."""
-    return {key: tensor for key, tensor in checkpoint.tensors.items() if (_owner(key.name) or LANGUAGE) == part}

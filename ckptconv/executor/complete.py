@@ -21,6 +21,7 @@ from ckptconv.tensor import Tensor
 from ckptconv.values import Loss
 
 Plain = bytes | bytearray
+HOLDS = 1 << 23  # bytes of lines worked out while the disk is busy; those beyond wait until they are written
 
 
 class Completion:
@@ -30,7 +31,8 @@ class Completion:
         self._plan, self._outputs, self._proofs = plan, outputs, proofs
         self.wrote: Callable[[int], None] = lambda _: None  # told how many bytes, for the progress
         self._names = Names(plan.root)
-        self._entries: dict[int, bytes] = {}  # file -> what the manifest says of it
+        self._rest: dict[int, str] = {}  # file -> digest of all that is no tensor
+        self._lines: dict[int, bytes] = {}  # file -> what the manifest says of it, of as many as HOLDS allows
         self._waiting: list[tuple[int, int, Plain]] = []  # (file, offset, bytes) still to be written
 
     def prepare(self, covered: set[tuple[int, int]]) -> None:
@@ -62,7 +64,7 @@ class Completion:
 
     def write_manifest(self, folder: str, identity: Fingerprint, durable: bool) -> None:
         sources = {relative(path, self._plan.root): known.size for path, known in sorted(identity.sources.items())}
-        entries = (self._entries[f] for f in range(len(self._plan.files)))
+        entries = (self._lines.get(f) or self._line(f) for f in range(len(self._plan.files)))
         write_file(f"{folder}/{MANIFEST}", render(identity.about, sources, entries), durable)
 
     def losses(self) -> dict[str, Loss]:
@@ -76,18 +78,27 @@ class Completion:
         return lost
 
     def _prepare(self, f: int, file: File, covered: set[tuple[int, int]]) -> None:
-        rest, tensors, crcs = xxhash.xxh3_128(), [], self._crcs(f, file)
-        for s, (offset, body, name) in enumerate(file.segments):
+        rest, crcs = xxhash.xxh3_128(), self._crcs(f, file)
+        for s, (offset, body, _) in enumerate(file.segments):
             if isinstance(body, Tensor):
-                nbytes = body.nbytes
-                parts = [self._proofs[Claim(f, s, piece)].digest for piece, _, _ in pieces(nbytes)]
-                tensors.append(TensorEntry(name, offset, nbytes, digest_of(parts), self._names.of(body)))
                 continue
             data = body if isinstance(body, bytes) else _summed(body, crcs)
             rest.update(data)
             if (f, s) not in covered:
                 self._waiting.append((f, offset, data))
-        self._entries[f] = FileEntry(file.path, file.size, rest.hexdigest(), tuple(tensors)).line().encode()
+        self._rest[f] = rest.hexdigest()
+        if sum(map(len, self._lines.values())) < HOLDS:
+            self._lines[f] = self._line(f)
+
+    def _line(self, f: int) -> bytes:
+        file = self._plan.files[f]
+        tensors = []
+        for s, (offset, body, name) in enumerate(file.segments):
+            if isinstance(body, Tensor):
+                nbytes = body.nbytes
+                parts = [self._proofs[Claim(f, s, piece)].digest for piece, _, _ in pieces(nbytes)]
+                tensors.append(TensorEntry(name, offset, nbytes, digest_of(parts), self._names.of(body)))
+        return FileEntry(file.path, file.size, self._rest[f], tuple(tensors)).line().encode()
 
     def _crcs(self, f: int, file: File) -> dict[int, int]:
         """The checksums that segments of the file wait for."""

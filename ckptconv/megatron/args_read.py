@@ -161,9 +161,9 @@ def _block(args: Args, where: str) -> dict[str, object]:
     fields: dict[str, object] = {}
     norm = args.get("normalization")
     if norm is not None:
-        if norm not in NORMS:
+        if not isinstance(norm, str) or norm not in NORMS:
             raise ConfigError(f"{where}: args.normalization is {norm!r}; known: {', '.join(NORMS)}")
-        fields["norm"] = NORMS[str(norm)]
+        fields["norm"] = NORMS[norm]
     eps = next(
         (e for name in ("norm_epsilon", "layernorm_epsilon") if (e := _number(args, name, where)) is not None), None
     )

@@ -24,10 +24,10 @@ FLAT_RNG = (
     "cuda_rng_state",
     "rng_tracker_states",
 )  # before 2022
-KNOWN = {  # what Megatron saves beside the model: read, told as training state, or counters of a run
+KNOWN = {  # what Megatron saves beside the model: read, or told as training state; other keys are told as left behind
     "args", "checkpoint_version", "iteration", "total_iters", "optimizer", "opt_param_scheduler", "lr_scheduler", "rng_state",
-    "random_rng_state", "np_rng_state", "torch_rng_state", "cuda_rng_state", "rng_tracker_states", "tokens",
-    "num_floating_point_operations_so_far", "rerun_state_machine", "content_metadata", "mp_rank",
+    "random_rng_state", "np_rng_state", "torch_rng_state", "cuda_rng_state", "rng_tracker_states",
+    "content_metadata", "mp_rank",
 }  # fmt: skip
 
 

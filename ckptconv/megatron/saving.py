@@ -30,6 +30,7 @@ from ckptconv.source import Source
 from ckptconv.topology import Rank, Topology
 
 DIVISOR = 128  # Megatron's own default of --make-vocab-size-divisible-by
+MOST_DIVISOR = 1 << 20  # what is larger than any vocabulary is no divisor but damage
 CHECKPOINT_VERSION = 3.0
 
 
@@ -59,11 +60,11 @@ class Form:
 def divisor(extras: Extras, request: Request) -> int:
     """What the vocabulary is padded to a multiple of, per tensor rank."""
     if request.vocab_divisor is not None:
-        if request.vocab_divisor < 1:
-            raise UsageError(f"--make-vocab-size-divisible-by {request.vocab_divisor}: it must be at least 1")
+        if not 1 <= request.vocab_divisor <= MOST_DIVISOR:
+            raise UsageError(f"--make-vocab-size-divisible-by {request.vocab_divisor}: expected 1 to {MOST_DIVISOR}")
         return request.vocab_divisor
     own = carried(extras).get("make_vocab_size_divisible_by")
-    return own if isinstance(own, int) and not isinstance(own, bool) and own >= 1 else DIVISOR
+    return own if isinstance(own, int) and not isinstance(own, bool) and 1 <= own <= MOST_DIVISOR else DIVISOR
 
 
 def carried(extras: Extras) -> dict[str, object]:

@@ -32,7 +32,8 @@ COMMANDS = {
     "plan": "",
     "plan convert": f"--saver {LAYOUT} {SOURCE} {CHANGE} {RUN} {OUTPUT}",
     "plan reshard": f"{LAYOUT} {SOURCE} {CHANGE} {RUN} {OUTPUT}",
-    "combine": "--saver --projector --as --replace --lm.dtype --vision.dtype --projector.dtype --loader-vision --loader-projector "
+    "combine": "--saver --projector --init-projector --vocab-rows --init "
+    "--as --replace --lm.dtype --vision.dtype --projector.dtype --loader-vision --loader-projector "
     f"--dry-run {LAYOUT} {SOURCE} {CHANGE} {RUN} {OUTPUT}",
     "extract": f"--part --saver --dry-run {LAYOUT} {SOURCE} {CHANGE} {RUN} {OUTPUT}",
     "inspect": f"--tensors --json {SOURCE}",
@@ -211,7 +212,10 @@ def test_wrong_names_are_answered_with_the_right_ones(console: Console, models: 
         in ran.err
     )
     ran = console("convert", src, out, "--saver", "hf", "--saver.experts", "grouped", code=2)
-    assert "it has: --saver.max-shard-size, --saver.template, --saver.prefix, --saver.config-from-args" in ran.err
+    assert (
+        "it has: --saver.max-shard-size, --saver.template, --saver.family, --saver.image-token, --saver.prefix"
+        in ran.err
+    )
 
 
 def test_failures_are_1_and_one_message(models: Path, tmp_path: Path) -> None:
@@ -260,6 +264,7 @@ def test_formats(console: Console) -> None:
         ("nemo2", [], "built-in"),
         ("lightning", ["ptl"], "built-in"),
         ("openai-clip", [], "built-in"),
+        ("mm-projector", [], "built-in"),
         ("dcp", ["torch-dcp", "fsdp"], "built-in"),
     ]
     assert "legacy (megatron): Megatron-LM before Megatron-Core" in console("formats").out
@@ -272,7 +277,7 @@ def test_formats(console: Console) -> None:
     facts = json.loads(console("formats", "hf", "--json").out)
     assert set(facts) == {"name", "aliases", "summary", "loader", "saver"}
     assert [(o["name"], o["default"]) for o in facts["saver"]] == [
-        ("max-shard-size", "5GB"), ("template", ""), ("prefix", ""), ("config-from-args", "False"),
+        ("max-shard-size", "5GB"), ("template", ""), ("family", ""), ("image-token", ""), ("prefix", ""), ("config-from-args", "False"),
     ]  # fmt: skip
     assert console("formats", "megatron").out == console("formats", "legacy").out
 
@@ -280,8 +285,10 @@ def test_formats(console: Console) -> None:
 def test_families(console: Console) -> None:
     rows = json.loads(console("families", "--json").out)
     assert {r["name"]: r["match"].get("model_type") for r in rows} == {
-        "hf-clip": ["clip_vision_model", "clip"], "hf-internvit": "intern_vit_6b", "hf-llama": "llama", "hf-mistral": "mistral",
-        "hf-mixtral": "mixtral", "hf-qwen2": "qwen2", "hf-qwen3": "qwen3", "hf-radio-g": None, "hf-radio-h": None,
+        "hf-clip": ["clip_vision_model", "clip"], "hf-internvit": "intern_vit_6b", "hf-internvl": "internvl",
+        "hf-internvl-chat": "internvl_chat", "hf-internvl-vision": "internvl_vision", "hf-llama": "llama", "hf-llava": "llava",
+        "hf-llava-liuhaotian": ["llava_llama", "llava_mistral", "llava"], "hf-llava-next": "llava_next", "hf-mistral": "mistral",
+        "hf-mixtral": "mixtral", "hf-nvlm": "NVLM_D", "hf-qwen2": "qwen2", "hf-qwen3": "qwen3", "hf-radio-g": None, "hf-radio-h": None,
         "hf-siglip": ["siglip_vision_model", "siglip"],
     }  # fmt: skip
     assert "hf-qwen3: config.json with model_type qwen3 [built-in]" in console("families").out

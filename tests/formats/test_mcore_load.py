@@ -223,7 +223,8 @@ def test_unknown_entries_of_a_rank_file_are_told(tmp_path: Path) -> None:
         for saved in ranks.values():
             saved |= {"ema_model": {}, "num_floating_point_operations_so_far": 0}
 
-    assert load(make(tmp_path, edit=add)).extras.notes == ("left behind in the rank files: ema_model",)
+    (note,) = load(make(tmp_path, edit=add)).extras.notes
+    assert note == "left behind in the rank files: ema_model, num_floating_point_operations_so_far"
 
 
 def test_settings_of_a_template_hold_against_args(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 `bench.py [--gb 4] [--rounds 5] [--cache warm|cold|both] [--folder /tmp] [CASE ...]`. Every run is a fresh process; a copy
 counts as done when each of its files is fsynced. Cold: the source is dropped from the page cache before each run. Needs
-four times the disk space of the source.
+four times the disk space of the source, and fills the machine's memory with page cache, which can take minutes.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ckptconv.tensor import Shape
 from ckptconv.testing.plans import carve, write_source
 
 SHARD = 5 * 10**9
+LEFT_FREE = 500 << 20
 COMMON: dict[str, Any] = {
     "hidden_act": "silu",
     "max_position_embeddings": 8192,
@@ -201,6 +202,19 @@ def warm(folder: Path) -> None:
     subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
 
 
+def fill(folder: Path) -> None:
+    """Leave little memory free: the page cache takes it, for holes of a file that needs no disk space.
+
+    On a virtual machine, memory that has been free for seconds may be the host's, and getting it back can cost ten times
+    what writing to it does. Taken from the page cache it costs each run the same.
+    """
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - LEFT_FREE
+    if free > 0:
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as holes:
+            os.truncate(holes.fileno(), free)
+        subprocess.run(["cat", holes.name], stdout=subprocess.DEVNULL, check=True)
+
+
 def measure(name: str, source: Path, dst: Path, cold: bool, options: argparse.Namespace) -> None:
     """One case and the copy by turns, so that a slow minute slows both; prints the medians.
 
@@ -210,7 +224,11 @@ def measure(name: str, source: Path, dst: Path, cold: bool, options: argparse.Na
     found: list[Measured] = []
     for _ in range(options.rounds):
         for run in ("cp", name):
-            (drop if cold else warm)(source)
+            if cold:
+                drop(source)
+            fill(dst.parent)
+            if not cold:
+                warm(source)
             if run == "cp":
                 copies.append(copied(source, dst))
             else:

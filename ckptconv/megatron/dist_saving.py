@@ -37,7 +37,7 @@ from ckptconv.megatron.versions import show
 from ckptconv.plan import File, Plan
 from ckptconv.tensor import Shape, Tensor
 
-PER_FILE = 5 * 10**9  # bytes; with fewer files than workers, workers wait for each other
+PER_FILE = 5 * 10**9  # bytes; on two cores one file takes as long as eight (benchmarks/results.md)
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,8 @@ class TrainingState:
 class Extras:
     """What a checkpoint holds beside tensors of the model. `notes` is told to the user and kept in the manifest.
 
-    `training` goes with slots other than `param`: a checkpoint has both or neither.
+    `training` goes with slots other than `param`: a checkpoint has both or neither. `scratch` are files that reading it has
+    made: of no use once it is converted.
     """
 
     step: int | str | None = None
@@ -69,6 +70,7 @@ class Extras:
     objects: dict[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     training: TrainingState | None = None
+    scratch: tuple[str, ...] = ()
 
     @property
     def state(self) -> tuple[str, ...]:

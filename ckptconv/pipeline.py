@@ -129,7 +129,8 @@ def prepare_from(job: Job, loader: Format, checkpoint: Checkpoint, root: str) ->
     plan = saver.save(stored, options, request)
     checks = () if job.replicas == "first" else tuple(Check(*replica) for replica in checkpoint.replicas)
     about = {**plan.about, **_about(job, checkpoint, stored, options)}
-    return Prepared(replace(plan, checks=checks, about=about, root=root), stored, checkpoint, saver, options)
+    plan = replace(plan, checks=checks, about=about, root=root, scratch=checkpoint.extras.scratch)
+    return Prepared(plan, stored, checkpoint, saver, options)
 
 
 def convert(

@@ -59,6 +59,7 @@ class Plan:
     """`about` goes into the manifest (versions, options, what was dropped); `root` is what source paths are told relative to.
 
     `single`: the result is no folder but its only file, at the destination itself; the file's path is then just a title.
+    `scratch`: files to remove once the result is there.
     """
 
     files: tuple[File, ...]
@@ -66,6 +67,7 @@ class Plan:
     about: dict[str, object] = field(default_factory=dict)
     root: str = ""
     single: bool = False
+    scratch: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:

@@ -168,6 +168,8 @@ class _Run:
         assert self.journal.seal is not None
         commit(self.place, self.journal.seal, self._sync_folder)
         self.journal.remove()
+        for path in self.plan.scratch:
+            Path(path).unlink(missing_ok=True)
 
     def _prepare(self) -> None:
         """Folders, and every file with its full size; claims on files that are not there are void."""

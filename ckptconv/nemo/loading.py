@@ -67,6 +67,7 @@ class Opened:
     tokenizer: Source | None
     artifacts: tuple[Artifact, ...]
     notes: tuple[str, ...] = ()
+    scratch: tuple[str, ...] = ()
 
 
 def is_nemo(path: Path) -> bool:
@@ -79,6 +80,7 @@ def is_nemo(path: Path) -> bool:
 def open_archive(path: Path, scratch: Path | None, tokenizer: Path | None, *, plain_rope: bool) -> Opened:
     """The archive in place; a gzip'ed one is unpacked once, into the folder `scratch`."""
     notes: tuple[str, ...] = ()
+    made: tuple[str, ...] = ()
     if path.is_dir():
         archive = tar.open_folder(path)
     elif gzipped.is_gzip(path):
@@ -88,7 +90,8 @@ def open_archive(path: Path, scratch: Path | None, tokenizer: Path | None, *, pl
             )
         plain = gzipped.unpacked(path, scratch)
         archive = tar.open_tar(plain, str(path))
-        notes = (f"unpacked into {plain} ({human(plain.stat().st_size)}): remove it when the result is there",)
+        notes = (f"unpacked into the scratch folder ({human(plain.stat().st_size)}), until the result is there",)
+        made = (str(plain),)
     else:
         archive = tar.open_tar(path)
     member = archive.members.get(model_config.NAME)
@@ -99,7 +102,7 @@ def open_archive(path: Path, scratch: Path | None, tokenizer: Path | None, *, pl
     found = artifacts.find(config.raw, [name for name in archive.members if not _is_own(name)], where)
     packed = next((a.member for a in found if a.key == artifacts.MODEL and a.member and config.sentencepiece), None)
     given = whole(str(tokenizer)) if tokenizer is not None else None
-    return Opened(archive, config, given or (archive.members[packed] if packed else None), found, notes)
+    return Opened(archive, config, given or (archive.members[packed] if packed else None), found, notes, made)
 
 
 def _is_own(name: str) -> bool:
@@ -151,7 +154,7 @@ def load(
     filed = {} if inside else {RANK_FILES: True}
     objects = {**stored.extras.objects, "nemo": nemo.raw | _kind_of(stored.mapping, nemo), **filed}
     notes = (*opened.notes, *nemo.notes, *stored.extras.notes, *_behind(opened), *_frozen(stored, nemo))
-    extras = replace(stored.extras, files=files, objects=objects, notes=notes)
+    extras = replace(stored.extras, files=files, objects=objects, notes=notes, scratch=opened.scratch)
     return replace(stored, config=replace(stored.config, dtype=nemo.dtype), extras=extras)
 
 

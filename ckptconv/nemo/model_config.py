@@ -72,11 +72,6 @@ class NemoConfig:
     notes: tuple[str, ...] = ()
 
     @property
-    def name(self) -> str:
-        """What notes call it, which go into the manifest: without the path of the archive."""
-        return _name(self.where)
-
-    @property
     def variant(self) -> frozenset[str]:
         """The form of legacy tensors, which names alone cannot tell."""
         gate = "gate_apart" if self.gate_apart else "gate_joined"
@@ -131,7 +126,9 @@ def statement(nemo: NemoConfig, vocab: int | None) -> Statement:
     fields = model_fields(nemo.args, nemo.where)
     if nemo.gated is not None:
         fields |= {"glu": True, "activation": nemo.gated}
-    return Statement(nemo.name, fields, layout(nemo.args, nemo.where), vocab, nemo.args.get("padded_vocab_size"))
+    return Statement(
+        nemo.where.rpartition("/")[2], fields, layout(nemo.args, nemo.where), vocab, nemo.args.get("padded_vocab_size")
+    )
 
 
 def vocabulary(nemo: NemoConfig, tokenizer: bytes | None, where: object = "tokenizer.model") -> int | None:
@@ -271,6 +268,7 @@ def _precision(raw: Dict[str, object], where: str) -> DType | None:
 
 
 def _name(where: str) -> str:
+    """What notes call the file, which go into the manifest: without the path of the archive."""
     return where.rpartition("!")[2]
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ckptconv
-from ckptconv import Job
+from ckptconv import Job, prepare
 from ckptconv.testing.checkpoints import write_hf
 from tests.nemo.conftest import Archive, packed
 from tests.unit.helpers.nemo import GZIPPED, PER_RANK, TORCH_DIST, contents, extracted
@@ -70,7 +70,12 @@ def test_gzip_is_unpacked_once_where_it_is_told(archive: Archive, tmp_path: Path
         convert(archive(GZIPPED), tmp_path / "none.nemo")
     scratch = tmp_path / "scratch"
     scratch.mkdir()
+    prepared = prepare(Job(archive(GZIPPED), loader_options={"scratch": scratch}))
+    (plain,) = scratch.iterdir()
+    assert not any(str(tmp_path) in note for note in prepared.stored.extras.notes)  # they go into the manifest
+    assert plain.read_bytes() == gzip.decompress(archive(GZIPPED).read_bytes())
     convert(archive(GZIPPED), tmp_path / "out.nemo", loader_options={"scratch": scratch})
+    assert list(scratch.iterdir()) == []  # once the result is there
     (tmp_path / "plain.nemo").write_bytes(gzip.decompress(archive(GZIPPED).read_bytes()))
     convert(tmp_path / "plain.nemo", tmp_path / "same.nemo")
     assert (tmp_path / "out.nemo").read_bytes() == (tmp_path / "same.nemo").read_bytes()

@@ -79,6 +79,8 @@ def _scaling_problems(config: ModelConfig, core: Core) -> list[str]:
             if whole
             else [f"linear rope scaling by {factor}: --rotary-seq-len-interpolation-factor takes whole numbers"]
         )
+    if kind == "dynamic":
+        return []  # it acts beyond the positions the model was trained with, of which a note tells
     if kind != "llama3":
         return [f"rope scaling {kind!r}: only llama3 and linear are known to it"]
     if not core.rope_scaling:
@@ -107,6 +109,10 @@ def notes(config: ModelConfig, core: Core, *, legacy: bool) -> tuple[str, ...]:
         out.append(
             f"rope_scaling_factor is {config.rope.scaling.get('factor')}: pretrain_gpt.py up to 0.16 never passes it to the model, "
             "which then scales by 8; give GPTModel(rope_scaling_factor=...) yourself"
+        )
+    if config.rope and config.rope.kind == "dynamic":
+        out.append(
+            f"dynamic rope scaling: Megatron has no words for it; sequences of up to {config.max_positions} tokens give the same results"
         )
     if config.sliding_window and core.sliding_window:
         out.append(

@@ -174,10 +174,10 @@ def test_what_is_written_reads_back_as_it_was(config: ModelConfig) -> None:
             "rope scaling 'yarn'",
         ),
         (
-            replace(CONFIG, rope=Rope(scaling={"type": "dynamic", "factor": 4.0})),
+            replace(CONFIG, rope=Rope(scaling={"type": "longrope", "factor": 4.0})),
             (0, 16),
             False,
-            "rope scaling 'dynamic'",
+            "rope scaling 'longrope'",
         ),
         (replace(CONFIG, rope=Rope(scaling={"rope_type": "linear", "factor": 1.5})), (0, 16), False, "whole numbers"),
         (replace(CONFIG, rope=Rope(10000.5)), (0, 16), False, "rotary base"),
@@ -218,6 +218,9 @@ def test_what_megatrons_scripts_drop_is_told() -> None:
     assert "see the flags" in notes(scaled, Core((0, 16)), legacy=False)[1]
     assert "0.15 has --window-size" in notes(scaled, Core((0, 12)), legacy=False)[1]
     assert "10000 in their code" in notes(CONFIG, Core((0, 16)), legacy=True)[0]
+    dynamic = replace(CONFIG, rope=Rope(scaling={"type": "dynamic", "factor": 3.0}))
+    refuse_inexpressible(dynamic, Core((0, 16)), legacy=False)
+    assert f"up to {CONFIG.max_positions} tokens" in notes(dynamic, Core((0, 16)), legacy=False)[0]
     assert notes(CONFIG, Core((0, 16)), legacy=False) == ()
 
 

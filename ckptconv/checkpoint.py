@@ -47,7 +47,8 @@ class TrainingState:
     `groups` are the settings of the optimizer's param groups (lr, betas, wd_mult, …): each kind once, whichever rank or
     chained optimizer had it; without `params` (which group a parameter is in follows from the settings), without `step`
     and without `is_expert_parallel` (which follows from the layout). `updates` is how many the optimizer has made: Adam's
-    step. `rng` is by process, (pp, tp, ep), and means nothing in another layout.
+    step. `rng` is by process, (pp, tp, ep), and means nothing in another layout. `experts_apart`: experts have an optimizer
+    of their own, as with expert parallelism.
     """
 
     groups: tuple[dict[str, object], ...]
@@ -55,6 +56,7 @@ class TrainingState:
     scheduler: dict[str, object] | None = None
     grad_scaler: dict[str, object] | None = None
     rng: dict[tuple[int, int, int], object] = field(default_factory=dict)
+    experts_apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ckptconv.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER, Checkpoint, Key
+from ckptconv.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER, Checkpoint, Key, TrainingState
 from ckptconv.dtypes import DTYPES, FP32, DType
 from ckptconv.errors import ConfigError, UsageError, ValueLossError
 from ckptconv.mapping import Mapping
@@ -38,18 +38,22 @@ def cast(checkpoint: Checkpoint, dtype: str, mapping: Mapping) -> Checkpoint:
     for key, weight in checkpoint.tensors.items():
         if key.slot == "param" and weight.dtype.is_float:
             atom = mapping.vocabulary.atom_of(key.name)
-            _cast_one(tensors, key.name, atom.dtype if atom and atom.dtype else wanted)
+            _cast_one(tensors, key.name, atom.dtype if atom and atom.dtype else wanted, checkpoint.extras.training)
     return replace(checkpoint, tensors=tensors, config=replace(checkpoint.config, dtype=wanted))
 
 
-def _cast_one(tensors: dict[Key, Tensor], name: str, to: DType) -> None:
-    """A weight in training is rounded from its fp32 master, which a weight of fp32 is itself."""
+def _cast_one(tensors: dict[Key, Tensor], name: str, to: DType, training: TrainingState | None) -> None:
+    """A weight in training is rounded from its fp32 master, which a weight of fp32 is itself.
+
+    Before the first update no weight has moments, and which are in training is the format's to know.
+    """
     weight, master = tensors[Key(name)], Key(name, MASTER)
     if weight.dtype == to:
         return
     exact = tensors.pop(master, weight)
     tensors[Key(name)] = exact if exact.dtype == to else exact.map(Cast(exact.dtype, to), to)
-    if to != FP32 and exact.dtype == FP32 and Key(name, EXP_AVG) in tensors:
+    trained = training is not None and (not training.updates or Key(name, EXP_AVG) in tensors)
+    if to != FP32 and exact.dtype == FP32 and trained:
         tensors[master] = exact
 
 

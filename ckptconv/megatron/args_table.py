@@ -237,6 +237,8 @@ FILES = (
     Field("ckpt_format", "the format of these files", lambda s: s.ckpt_format),
     Field("use_dist_ckpt", "the format of these files", lambda s: s.ckpt_format != "torch"),
     Field("use_distributed_optimizer", "form of the optimizer state", lambda s: "distributed" in s.written),
+    _carried("overlap_grad_reduce", lambda _: False, "Megatron's default: whether flat buffers have several buckets"),
+    _carried("ddp_bucket_size", lambda _: None, "Megatron's default: how large these are"),
     Field(
         "no_save_optim",
         "whether there is optimizer state: Megatron else does not look for it",

@@ -14,8 +14,9 @@ from ckptconv.formats import Request
 from ckptconv.mapping_files import chosen
 from ckptconv.megatron import dist_optim_flat
 from ckptconv.megatron.dist_keys import OPTIMIZER
-from ckptconv.megatron.dist_optim_groups import OBJECT, is_chained, rng_left, training_state
+from ckptconv.megatron.dist_optim_groups import OBJECT, rng_left, training_state
 from ckptconv.megatron.optimizer.agreement import without_copies
+from ckptconv.megatron.optimizer.members import rules
 from ckptconv.tensor import Tensor
 from ckptconv.topology import Rank
 
@@ -36,15 +37,16 @@ def attach(stored: Stored, contents: Contents, common: Dict[object, object], req
     """The checkpoint with its optimizer state."""
     _refuse_unknown(contents, where)
     extras, weights = stored.extras, stored.ranks[Rank()]
+    said = extras.objects.get("args")
+    args = said if isinstance(said, dict) else {}
     found, copies = by_name(contents), list[Replica]()
     if not found:
-        args = extras.objects.get("args")
         dialects = {local: chosen("mcore-local" if local else "mcore", request.mappings) for local in (False, True)}
-        found, copies = dist_optim_flat.slots(stored, contents, args if isinstance(args, dict) else {}, dialects)
-    _refuse_incomplete(found, weights, where)
+        found, copies = dist_optim_flat.slots(stored, contents, args, dialects)
+    _refuse_incomplete(found, weights, rules(stored.config, stored.topology, args).frozen, where)
     tensors, pairs = without_copies({**weights, **found}, stored.places[Rank()])
     notes = ("left behind: RNG state, which is filed by replicas of the model",) if rng_left(contents) else ()
-    objects = {**extras.objects, "state": [], "experts_apart": is_chained(common.get("optimizer"))}
+    objects = {**extras.objects, "state": []}
     training = training_state(contents, common, where)
     return replace(
         stored,
@@ -56,8 +58,14 @@ def attach(stored: Stored, contents: Contents, common: Dict[object, object], req
 
 def by_name(contents: Contents) -> Slots:
     """Slots that are whole tensors already, under names made of those of the model's."""
-    keys = {key: Key(match["name"], FILED[match[1]]) for key in contents.shapes if (match := _SLOT.fullmatch(key))}
-    return {keys[key]: tensor for key, tensor in contents.tensors(list(keys)).items()}
+    filed: dict[Key, str] = {}
+    for key in contents.shapes:
+        if match := _SLOT.fullmatch(key):
+            first = filed.setdefault(Key(match["name"], FILED[match[1]]), key)
+            if first != key:
+                raise FormatError(key, f"is the same slot of the same parameter as {first}, expected one of them")
+    tensors = contents.tensors(list(filed.values()))
+    return {slot: tensors[key] for slot, key in filed.items()}
 
 
 def _refuse_unknown(contents: Contents, where: str) -> None:
@@ -71,11 +79,12 @@ def _refuse_unknown(contents: Contents, where: str) -> None:
         )
 
 
-def _refuse_incomplete(found: Slots, weights: Dict[Key, Tensor], where: str) -> None:
-    """Each weight has the same slots, but that one which is fp32 needs no master."""
-    known = {Key(key.name, slot) for key in weights for slot in STATE}
+def _refuse_incomplete(found: Slots, weights: Dict[Key, Tensor], frozen: tuple[str, ...], where: str) -> None:
+    """Each weight has the same slots, but that one which is fp32 needs no master, and one which is frozen has none."""
+    known = {Key(key.name, slot) for key in weights if not key.name.startswith(frozen) for slot in STATE}
     needed = {key for key in known if key.slot != MASTER or weights[Key(key.name)].dtype != FP32}
     problems = [f"missing: {key}" for key in sorted(needed - found.keys())]
-    problems += [f"of no weight: {key}" for key in sorted(found.keys() - known)]
+    strays = sorted(found.keys() - known)
+    problems += [f"of {'a frozen' if Key(key.name) in weights else 'no'} weight: {key}" for key in strays]
     if problems:
         raise FormatError(where, "the optimizer's state is not that of the model:\n  " + "\n  ".join(problems[:20]))

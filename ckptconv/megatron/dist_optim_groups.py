@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from ckptconv.checkpoint import TrainingState
 from ckptconv.errors import FormatError
 from ckptconv.megatron.grid import Process
-from ckptconv.megatron.optimizer.agreement import agreed
-from ckptconv.megatron.optimizer.entries import entries, settings_of, table
+from ckptconv.megatron.optimizer.agreement import agreed, check_counted
+from ckptconv.megatron.optimizer.entries import chain, entries, settings_of, table
 
 if TYPE_CHECKING:
     from ckptconv.megatron.dist_loading import Contents
@@ -31,8 +31,11 @@ def training_state(contents: Contents, common: Dict[object, object], where: str)
     scheduler = common.get("opt_param_scheduler", common.get("lr_scheduler"))
     if not said:
         raise FormatError(where, "has tensors of the optimizer, and no param groups")
+    told = [entry for saved in said for entry in entries(saved, where)]
+    check_counted(told, where)
     return replace(
-        agreed(entry for saved in said for entry in entries(saved, where)),
+        agreed(told),
+        experts_apart=len(chain(common.get("optimizer"))) > 1,
         scheduler=None if scheduler is None else settings_of(scheduler, "opt_param_scheduler"),
         rng=_rng(contents),
     )
@@ -43,14 +46,8 @@ def rng_left(contents: Contents) -> bool:
     return any(key.startswith("rng_state/") and not _RNG.fullmatch(key) for key in contents.objects)
 
 
-def is_chained(optimizer: object) -> bool:
-    """Numbers as keys are how a list is spelled: one optimizer for experts, one for all else."""
-    return isinstance(optimizer, dict) and bool(optimizer) and all(isinstance(key, int) for key in optimizer)
-
-
 def _in_common(optimizer: object, where: str) -> Iterator[Saved]:
-    chain = list(optimizer.values()) if isinstance(optimizer, dict) and is_chained(optimizer) else [optimizer]
-    for saved in (table(one, where) for one in chain if one is not None):
+    for saved in (table(one, where) for one in chain(optimizer) if one is not None):
         if "optimizer" in saved or "param_groups" in saved:
             yield _counted(saved, where)
 

@@ -10,18 +10,17 @@ from collections.abc import Iterator
 from collections.abc import Mapping as Dict
 from dataclasses import dataclass, field
 
-from ckptconv.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER, STATE, Key, Stored, TrainingState
+from ckptconv.checkpoint import MASTER, Key, Stored, TrainingState
 from ckptconv.dtypes import FP32
 from ckptconv.errors import ConfigError
 from ckptconv.leaves import full
-from ckptconv.megatron.optimizer.members import Settings, has_decay
+from ckptconv.megatron.optimizer.members import Settings, has_decay, rules
+from ckptconv.megatron.optimizer.slots import all_slots
 from ckptconv.megatron.optimizer.writing import keeps_rng
 from ckptconv.megatron.saving import carried, refuse_half_a_state
 from ckptconv.megatron.versions import Core, show
-from ckptconv.nodes import Fill
 from ckptconv.tensor import Tensor
 from ckptconv.topology import Rank
-from ckptconv.values import Cast
 
 FULLY = "fully_reshardable"
 FULLY_SINCE = (0, 15)
@@ -65,37 +64,27 @@ def filed(stored: Stored, form: OptimizerForm) -> Filed:
             f"Megatron-Core {show(form.core.version)} does not know the form {FULLY} of the distributed optimizer: give "
             f"--saver.mcore-version {show(FULLY_SINCE)} or newer, or --saver.distributed-optimizer false, or --optimizer drop"
         )
-    tensors = dict(_tensors(stored.ranks[Rank()], form))
+    frozen = rules(stored.config, stored.topology, carried(stored.extras)).frozen
+    held = stored.ranks[Rank()]
+    names = [key.name for key in held if key.slot == "param" and not key.name.startswith(frozen)]
+    tensors = {key: t for name in names for key, t in _slots(held, name, form, training.updates)}
     return Filed(tensors, _generators(stored, training), _common(stored, training, form), form.metadata)
 
 
 def experts_apart(stored: Stored, asked: bool | None) -> bool:
-    """As asked for, else as in the source, be it distributed or of rank files."""
-    if asked is not None or not stored.config.experts:
-        return bool(asked and stored.config.experts)
-    known = stored.extras.objects.get("experts_apart")
-    ep = carried(stored.extras).get("expert_model_parallel_size")
-    return known if isinstance(known, bool) else isinstance(ep, int) and ep > 1
+    """As asked for, else as in the source."""
+    training = stored.extras.training
+    source = training is not None and training.experts_apart
+    return bool(stored.config.experts) and (source if asked is None else asked)
 
 
-def _tensors(held: Dict[Key, Tensor], form: OptimizerForm) -> Iterator[tuple[str, Tensor]]:
-    """Every weight's slots. An fp32 weight is its own master, and before the first update moments are zero."""
+def _slots(held: Dict[Key, Tensor], name: str, form: OptimizerForm, updates: int) -> Iterator[tuple[str, Tensor]]:
+    """A weight's slots by key. An fp32 weight is its own master, which only the distributed optimizer files once more."""
     master = "param" if form.distributed else "fp32_param"
-    for name, weight in ((key.name, tensor) for key, tensor in held.items() if key.slot == "param"):
-        first = (
-            f"chained_{int(EXPERTS in name)}." if form.experts_apart and form.core.version < KEYS_SHARED_SINCE else ""
-        )
-        for slot in STATE:
-            if slot == MASTER and weight.dtype == FP32 and not form.distributed:
-                continue
-            key = f"{first}optimizer.state.{master if slot == MASTER else slot}.{name}"
-            yield key, held.get(Key(name, slot)) or _implied(slot, weight)
-
-
-def _implied(slot: str, weight: Tensor) -> Tensor:
-    if slot in (EXP_AVG, EXP_AVG_SQ):
-        return Fill(weight.shape, FP32)
-    return weight if weight.dtype == FP32 else weight.map(Cast(weight.dtype, FP32), FP32)
+    first = f"chained_{int(EXPERTS in name)}." if form.experts_apart and form.core.version < KEYS_SHARED_SINCE else ""
+    for slot, tensor in all_slots(held, name, updates).items():
+        if slot != MASTER or form.distributed or held[Key(name)].dtype != FP32:
+            yield f"{first}optimizer.state.{master if slot == MASTER else slot}.{name}", tensor
 
 
 def _common(stored: Stored, training: TrainingState, form: OptimizerForm) -> dict[object, object]:
@@ -122,7 +111,7 @@ def _entry(stored: Stored, training: TrainingState, form: OptimizerForm, *, expe
     scaler: dict[object, object] = {} if training.grad_scaler is None else {"grad_scaler": training.grad_scaler}
     if form.distributed:
         return {"optimizer": {"param_groups": groups}, "param_state_sharding_type": FULLY, **scaler}
-    state = {} if fused or not training.updates else {"common_step": full((), FP32, training.updates)}
+    state = {} if fused else {"common_step": full((), FP32, training.updates)}  # also 0: there are moments
     inner: dict[object, object] = {"param_groups": groups, "state": state}
     half = any(tensor.dtype != FP32 for key, tensor in stored.ranks[Rank()].items() if key.slot == "param")
     return {"optimizer": inner, **scaler} if half else inner

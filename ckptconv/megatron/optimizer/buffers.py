@@ -71,7 +71,7 @@ def bucket_size(args: Dict[str, object], pp: int) -> int | None:
 def read(saved: object, members: Sequence[Member], bucket: int | None, where: str) -> Iterator[tuple[Slot, Tensor]]:
     """Every slot of an optimizer's members, narrowed out of its buffers."""
     held = {key: value for key, value in table(saved, where).items() if isinstance(key, int)}
-    if not table(saved, where).get("buckets_coalesced"):
+    if table(saved, where).get("buckets_coalesced") is not True:
         raise FormatError(
             where,
             "is from before Megatron-Core 0.7: its buckets are padded for one data parallel size; resave it there first",
@@ -89,12 +89,15 @@ def _slots(saved: object, candidates: Sequence[Buffer], where: str) -> Iterator[
     if not isinstance(dtype, TorchDType) or dtype.dtype != candidates[0].dtype:
         raise FormatError(where, f"is of {kind}, expected parameters of {candidates[0].dtype.torch} alone")
     world = table(flat, where)
+    stated = world.get("numel_unpadded")  # all parameters with what stands between them
     for name, slot in FILED.items():
         tensor = world.get(name)
         size = tensor.shape if isinstance(tensor, Tensor) else None
         buffer = next((b for b in candidates if (b.numel,) == size), None)
         if buffer is None or not isinstance(tensor, Tensor):
             raise FormatError(where, f"{name} has shape {size}, expected ({candidates[0].numel},) for these parameters")
+        if stated not in (None, buffer.numel):
+            raise FormatError(where, f"numel_unpadded is {stated}, expected {buffer.numel} for these parameters")
         for member, at in buffer.places:
             yield (member, slot), _unfolded(tensor.narrow(0, at, at + member.numel), member.shape)
 

@@ -35,13 +35,19 @@ class Entry:
                 yield _count(step, self.where)
 
 
-def entries(optimizer: object, where: str) -> list[Entry]:
-    """Entries in the order of the chain; numbers as keys are how distributed checkpoints spell a list."""
+def chain(optimizer: object) -> list[object]:
+    """The members of a chain, or the one optimizer there is; numbers as keys are how distributed checkpoints spell a list."""
     if isinstance(optimizer, dict) and optimizer and all(isinstance(key, int) for key in optimizer):
-        optimizer = [optimizer[key] for key in sorted(optimizer)]
-    if not isinstance(optimizer, list):
-        return [_entry(optimizer, f"{where}: optimizer")]
-    return [_entry(each, f"{where}: optimizer {i}") for i, each in enumerate(optimizer)]
+        return [optimizer[key] for key in sorted(optimizer)]
+    return optimizer if isinstance(optimizer, list) else [optimizer]
+
+
+def entries(optimizer: object, where: str) -> list[Entry]:
+    """Entries in the order of the chain."""
+    members = chain(optimizer)
+    if len(members) == 1:
+        return [_entry(members[0], f"{where}: optimizer")]
+    return [_entry(each, f"{where}: optimizer {i}") for i, each in enumerate(members)]
 
 
 def _entry(saved: object, where: str) -> Entry:
@@ -96,6 +102,8 @@ def _numbered(value: object, where: str) -> dict[int, Table]:
 def _count(step: object, where: str) -> int:
     """A count of updates: a number, or torch's tensor of one (four bytes, read here)."""
     number: object = step.numpy().item() if isinstance(step, Tensor) and step.shape in ((), (1,)) else step
-    if isinstance(number, bool) or not isinstance(number, int | float) or number < 0 or number != int(number):
+    if isinstance(number, float) and number.is_integer():  # not so inf and NaN
+        number = int(number)
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
         raise FormatError(where, f"step is {number!r}, expected how many updates were made")
-    return int(number)
+    return number

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as Dict
 from dataclasses import replace
 
-from ckptconv.checkpoint import Key, Stored, TrainingState
+from ckptconv.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER, Key, Stored, TrainingState
 from ckptconv.containers import torch_file
+from ckptconv.dtypes import FP32
 from ckptconv.errors import FormatError
 from ckptconv.megatron.folders import OPTIMIZER_FILES
 from ckptconv.megatron.grid import Process
 from ckptconv.megatron.optimizer import buffers, lists
-from ckptconv.megatron.optimizer.agreement import agreed, without_copies
+from ckptconv.megatron.optimizer.agreement import agreed, check_counted, without_copies
 from ckptconv.megatron.optimizer.entries import Entry, entries, settings_of
 from ckptconv.megatron.optimizer.lists import Slot
 from ckptconv.megatron.optimizer.members import Member, rules
@@ -20,30 +21,54 @@ from ckptconv.megatron.rank_file import RankContent
 from ckptconv.tensor import Tensor
 from ckptconv.topology import Rank
 
+Holder = tuple[int, ...]  # (pp, tp), or of experts with an optimizer of their own (pp, etp, ep)
+
 
 def attach(stored: Stored, contents: Dict[Process, RankContent], *, check: bool) -> Stored:
     """The checkpoint with the optimizer state of its files."""
     chains = {p: entries(content.training["optimizer"], str(content.file.path)) for p, content in contents.items()}
-    state = _state(chains, contents)
     args = next(iter(contents.values())).args or {}
     given = rules(stored.config, stored.topology, args)
+    state = replace(_state(chains, contents), experts_apart=given.experts_apart)
     slots: dict[Process, dict[Slot, Tensor]] = {}
-    wanted: set[tuple[int, Member]] = set()
+    wanted: dict[Process, list[Member]] = {}
     for process, content in contents.items():
         known = [{n: t for n, t in chunk.items() if not stored.mapping.ignores(n)} for chunk in content.chunks]
-        members, bucket = given.members(known), buffers.bucket_size(args, process[0])
-        slots[process] = dict(_slots(content, chains[process], members, bucket, check=check))
-        wanted |= {(process[0], member) for member in members}
-    lost = wanted - {(process[0], member) for process, held in slots.items() for member, _ in held}
-    if lost and state.updates:
-        names = ", ".join(sorted(f"pp {pp}: {m.name}" for pp, m in lost)[:8])
-        raise FormatError("the optimizer", f"no rank has the state of {len(lost)} parameters: {names}")
+        wanted[process], bucket = given.members(known), buffers.bucket_size(args, process[0])
+        slots[process] = dict(_slots(content, chains[process], wanted[process], bucket, check=check))
+    _refuse_lost(wanted, slots, stored.topology.etp, state.updates)
     ranks = {}
     pairs = list(stored.replicas)
     for rank, tensors in stored.ranks.items():
         ranks[rank], same = without_copies({**tensors, **_of_rank(slots, rank)}, stored.places[rank])
         pairs += same
     return replace(stored, ranks=ranks, extras=replace(stored.extras, training=state), replicas=tuple(pairs))
+
+
+def _refuse_lost(
+    wanted: Dict[Process, Sequence[Member]], slots: Dict[Process, Iterable[Slot]], etp: int, updates: int
+) -> None:
+    """Of the processes that hold the same parameter one has its state. Names count from the first layer and expert of a process."""
+
+    def holder(process: Process, member: Member) -> Holder:
+        pp, tp, ep = process
+        return (pp, tp % etp, ep) if member.expert else (pp, tp)
+
+    needed = {(holder(p, m), m, slot) for p, members in wanted.items() for m in members for slot in _needed(m, updates)}
+    lost = needed - {(holder(p, m), m, slot) for p, held in slots.items() for m, slot in held}
+    if lost:
+        count = len({(place[0], member) for place, member, _ in lost})
+        words = {2: ("pp", "tp"), 3: ("pp", "etp", "ep")}
+        told = sorted(
+            " ".join(f"{word}={n}" for word, n in zip(words[len(place)], place, strict=True)) + f": {Key(m.name, slot)}"
+            for place, m, slot in lost
+        )
+        raise FormatError("the optimizer", f"no rank has the state of {count} parameters:\n  " + "\n  ".join(told[:8]))
+
+
+def _needed(member: Member, updates: int) -> tuple[str, ...]:
+    masters = () if member.dtype == FP32 else (MASTER,)
+    return (*masters, EXP_AVG, EXP_AVG_SQ) if updates else masters
 
 
 def _of_rank(slots: Dict[Process, Dict[Slot, Tensor]], rank: Rank) -> dict[Key, Tensor]:
@@ -62,12 +87,15 @@ def _slots(
     flat = _flat(content, len(chain), check=check) if any(entry.state is None for entry in chain) else []
     for number, entry in enumerate(chain):
         own = [m for m in members if m.expert == entry.expert]
+        found: dict[Slot, Tensor] = {}
         if entry.state is not None:
-            yield from lists.read(entry, own)
+            found = dict(lists.read(entry, own))
         elif flat[number] is not None:
-            yield from buffers.read(
-                flat[number], own, bucket, f"{path.parent / OPTIMIZER_FILES[0]}: optimizer {number}"
-            )
+            where = f"{path.parent / OPTIMIZER_FILES[0]}: optimizer {number}"
+            found = dict(buffers.read(flat[number], own, bucket, where))
+        if any(slot != MASTER for _, slot in found):
+            check_counted([entry], entry.where)
+        yield from found.items()
 
 
 def _flat(content: RankContent, count: int, *, check: bool) -> list[object]:
@@ -89,7 +117,7 @@ def _state(chains: Dict[Process, list[Entry]], contents: Dict[Process, RankConte
     if any(said != scheduler for said in schedulers):
         raise FormatError("opt_param_scheduler", "is not the same on all ranks; are two checkpoints mixed?")
     return replace(
-        agreed(entry for chain in chains.values() for entry in chain),
+        agreed([entry for chain in chains.values() for entry in chain]),
         scheduler=None if scheduler is None else settings_of(scheduler, "opt_param_scheduler"),
         rng={process: c.training["rng_state"] for process, c in contents.items() if "rng_state" in c.training},
     )

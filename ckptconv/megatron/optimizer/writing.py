@@ -6,15 +6,15 @@ from collections.abc import Mapping as Dict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ckptconv.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER, Key, Stored, TrainingState
+from ckptconv.checkpoint import Key, Stored, TrainingState
 from ckptconv.dtypes import FP32, DType
 from ckptconv.errors import ConfigError
 from ckptconv.megatron.grid import Process
 from ckptconv.megatron.optimizer import buffers, lists
 from ckptconv.megatron.optimizer.lists import Slot
 from ckptconv.megatron.optimizer.members import Member, Settings, has_decay, rules
+from ckptconv.megatron.optimizer.slots import all_slots
 from ckptconv.megatron.versions import Core
-from ckptconv.nodes import Fill
 from ckptconv.tensor import Tensor
 from ckptconv.topology import Rank, Topology
 
@@ -41,7 +41,7 @@ class Writer:
         self.topology = stored.topology
         given = rules(stored.config, stored.topology, filing.args)
         self.members = {
-            process: given.members([self.trained(process, i, chunk) for i, chunk in enumerate(chunks)])
+            process: given.members([self.weights(process, i, chunk) for i, chunk in enumerate(chunks)])
             for process, chunks in names.items()
         }
         self.kinds = {(m.expert, m.decays) for members in self.members.values() for m in members}
@@ -52,10 +52,9 @@ class Writer:
                 f"the optimizer has no param group {'with' if True in lacking else 'without'} weight decay, but there are such parameters"
             )
 
-    def trained(self, process: Process, chunk: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """The weights that the optimizer has: a frozen one has no moments, once others have."""
+    def weights(self, process: Process, chunk: int, names: Sequence[str]) -> dict[str, Tensor]:
         rank = self.rank(process, chunk)
-        return {name: rank[Key(name)] for name in names if not self.training.updates or Key(name, EXP_AVG) in rank}
+        return {name: rank[Key(name)] for name in names}
 
     def rank(self, process: Process, chunk: int) -> Dict[Key, Tensor]:
         pp, tp, ep = process
@@ -112,7 +111,8 @@ class Writer:
         """The file of flat buffers; None where another process writes all of them."""
         if not self.filing.distributed:
             return None
-        bucket = buffers.bucket_size(self.filing.args, process[0])
+        replicas = self.topology.processes_per_stage // self.topology.tp  # as the args of these files say
+        bucket = buffers.bucket_size({**self.filing.args, "data_parallel_size": replicas}, process[0])
         parts = [
             buffers.write(own, self.slots(process, own), self.grads, bucket) if self.gathers(process, expert) else None
             for expert in self.chain(process)
@@ -134,14 +134,11 @@ class Writer:
         return number < (t.etp * t.ep if expert else t.tp)
 
     def slots(self, process: Process, members: Sequence[Member]) -> dict[Slot, Tensor]:
-        """Every slot of these members. An fp32 weight is its own master; before the first update moments are zero."""
+        """Every slot of these members."""
         slots: dict[Slot, Tensor] = {}
         for member in members:
-            rank = self.rank(process, member.chunk)
-            zero = Fill(member.shape, FP32)
-            slots[member, MASTER] = rank.get(Key(member.name, MASTER), rank[Key(member.name)])
-            slots[member, EXP_AVG] = rank.get(Key(member.name, EXP_AVG), zero)
-            slots[member, EXP_AVG_SQ] = rank.get(Key(member.name, EXP_AVG_SQ), zero)
+            held = all_slots(self.rank(process, member.chunk), member.name, self.training.updates)
+            slots |= {(member, slot): tensor for slot, tensor in held.items()}
         if unlike := sorted({f"{m.name} [{slot}] {t.dtype}" for (m, slot), t in slots.items() if t.dtype != FP32}):
             raise ConfigError(
                 f"optimizer state is fp32 in these files, but {len(unlike)} tensors are not: {', '.join(unlike[:4])}"

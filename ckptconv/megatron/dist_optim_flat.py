@@ -131,13 +131,18 @@ def _chunk(stored: Stored, run: Run, process: Process, vpp: int) -> dict[str, Te
 
 
 def _filed(contents: Contents, run: Run) -> Filed:
-    found = {**_objects(contents), **_buckets(contents)}
+    found = [*_objects(contents).items(), *_buckets(contents).items()]
     known: dict[str | None, bool] = {None: False, "0": False, "1": True} if run.rules.experts_apart else {None: False}
-    if unlike := sorted(str(chain) for chain, _ in found if chain not in known):
+    if unlike := sorted(str(chain) for (chain, _), _ in found if chain not in known):
         raise FormatError(
             "the optimizer", f"is a chain whose members are not known: chained_{', chained_'.join(unlike)}"
         )
-    return {(known[chain], group): held for (chain, group), held in found.items()}
+    filed: Filed = {}
+    for (chain, group), (saved, where) in found:
+        _, first = filed.setdefault((known[chain], group), (saved, where))
+        if first != where:
+            raise FormatError(where, f"holds the same buffers as {first}, expected one of them")
+    return filed
 
 
 def _objects(contents: Contents) -> dict[tuple[str | None, int], tuple[Buffers, str]]:

@@ -215,6 +215,21 @@ def test_another_order_of_parameters_in_flat_buffers_shows_before_anything_is_th
     assert not (tmp_path / "ours").exists()
 
 
+def test_buffers_that_are_there_twice_are_refused(
+    trained: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = dcp.read
+
+    def other(folder: Path) -> Any:
+        found = read(folder)
+        again = {key.removeprefix("chained_0."): entry for key, entry in found.tensors.items()}
+        return replace(found, tensors={**found.tensors, **again})
+
+    monkeypatch.setattr(dcp, "read", other)
+    with pytest.raises(FormatError, match="dp_group_idx_0: holds the same buffers as chained_0"):
+        converted(trained("experts"), BUCKETS, tmp_path / "ours")
+
+
 def test_a_version_that_knows_no_such_form_is_not_written_for(trained: Get, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"0\.12 does not know the form fully_reshardable"):
         converted(trained("dense"), FULLY, tmp_path / "ours", mcore_version="0.12")

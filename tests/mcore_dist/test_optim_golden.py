@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,30 +64,63 @@ def test_state_that_is_not_wanted_is_only_told() -> None:
     assert "learning rate scheduler" in stored.extras.state
 
 
+MOMENT = "optimizer.state.exp_avg.output_layer.weight"
+Stored = dict[str, Any]
+
+
+def lose(held: Stored) -> None:
+    del held[MOMENT]
+
+
+def of_no_weight(held: Stored) -> None:
+    held["optimizer.state.exp_avg.head.weight"] = held.pop(MOMENT)
+
+
+def of_no_adam(held: Stored) -> None:
+    held["optimizer.state.momentum.output_layer.weight"] = held.pop(MOMENT)
+
+
+def twice(held: Stored) -> None:
+    held[f"chained_1.{MOMENT}"] = held[MOMENT]
+
+
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("change", "said"),
     [
-        ("optimizer.state.exp_avg.output_layer.weight", None, r"missing: output_layer\.weight \[exp_avg\]"),
-        ("optimizer.state.exp_avg.output_layer.weight", "optimizer.state.exp_avg.head.weight", r"of no weight: head\.weight"),
-        ("optimizer.state.exp_avg.output_layer.weight", "optimizer.state.momentum.output_layer.weight", r"not known, such as"),
+        (lose, r"missing: output_layer\.weight \[exp_avg\]"),
+        (of_no_weight, r"of no weight: head\.weight"),
+        (of_no_adam, r"not known, such as optimizer\.state\.momentum"),
+        (twice, rf"{MOMENT}: is the same slot of the same parameter as .*{MOMENT}, expected one"),
     ],
-    ids=["missing", "stray", "unknown"],
-)  # fmt: skip
+    ids=["missing", "stray", "unknown", "twice"],
+)
 def test_state_that_is_not_the_models_is_refused(
-    old: str, new: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+    change: Callable[[Stored], None], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = dcp.read
 
     def other(folder: Path) -> Any:
         found = read(folder)
-        tensors = {
-            new or key if key == old else key: entry for key, entry in found.tensors.items() if new or key != old
-        }
+        tensors = dict(found.tensors)
+        change(tensors)
         return replace(found, tensors=tensors)
 
     monkeypatch.setattr(dcp, "read", other)
     with pytest.raises(FormatError, match=said):
         McoreDist().load(GOLDEN, McoreDistLoad(), Request(training=True))
+
+
+def test_moments_whose_updates_nobody_counted_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "uncounted"
+    shutil.copytree(GOLDEN, folder)
+    common = folder / "iter_0000002" / "common.pt"
+    common.chmod(0o600)
+    saved = torch.load(common, weights_only=False)
+    for group in saved["optimizer"]["optimizer"]["param_groups"]:
+        del group["step"]
+    torch.save(saved, common)
+    with pytest.raises(FormatError, match="has moments, but no step in its param groups"):
+        McoreDist().load(folder, McoreDistLoad(), Request(training=True))
 
 
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=4))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import ckptconv
-from ckptconv.checkpoint import Key, Stored
+from ckptconv.checkpoint import EXP_AVG, EXP_AVG_SQ, Checkpoint, Key, Stored, TrainingState
+from ckptconv.executor.execute import execute
 from ckptconv.formats import Request
-from ckptconv.pipeline import load_stored
+from ckptconv.pipeline import Job, load_stored, open_checkpoint, prepare_from
 from tests.judge.optim import Run
 from tests.judge.ranks import Layout
 from tests.optim.conftest import Trained
@@ -38,6 +41,27 @@ def moved(there: Trained, run: Run, out: Path, source: Path | None = None, **wis
 def converted(source: Path, out: Path, **wishes: Any) -> Path:
     """Without waiting for the disk."""
     ckptconv.convert(source, out, execute_options=ckptconv.ExecuteOptions(durable=False), **wishes)
+    return out
+
+
+def in_training(source: Path, args: dict[str, object], out: Path, **wishes: Any) -> Path:
+    """A model of fp32 as if a run with these args had saved it after 2 updates, with moments that are copies of the weights."""
+
+    def state(whole: Checkpoint) -> Checkpoint:
+        slots = {Key(key.name, slot): weight for key, weight in whole.tensors.items() for slot in (EXP_AVG, EXP_AVG_SQ)}
+        training = TrainingState(({"wd_mult": 1.0}, {"wd_mult": 0.0}), updates=2)
+        extras = replace(whole.extras, objects={**whole.extras.objects, "args": args}, training=training)
+        return replace(whole, tensors={**whole.tensors, **slots}, extras=extras)
+
+    return edited(source, state, out, **wishes)
+
+
+def edited(source: Path, edit: Callable[[Checkpoint], Checkpoint], out: Path, **wishes: Any) -> Path:
+    """Converted with an edit of the canonical graph on the way."""
+    job = Job(source, **wishes)
+    loader, whole = open_checkpoint(job, training=True)
+    plan = prepare_from(job, loader, edit(whole), str(source)).plan
+    execute(plan, out, ckptconv.ExecuteOptions(durable=False))
     return out
 
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckptconv.checkpoint import EXP_AVG, EXP_AVG_SQ
 from ckptconv.dtypes import BF16
 from ckptconv.megatron.optimizer.buffers import bucket_size, buffers
 from ckptconv.megatron.optimizer.members import Member
 from tests.judge.patches import prepare
+from tests.optim.convert import in_training, stored
+from tests.optim.rank_runs import FLAT_FILE, RANK_FILE
 
 SIZES = st.lists(st.integers(1, 400), min_size=1, max_size=8)
 
@@ -72,3 +78,37 @@ def test_parameters_stand_where_megatron_core_puts_them(
 )
 def test_buckets_are_cut_where_communication_overlaps(args: dict[str, object], pp: int, size: int | None) -> None:
     assert bucket_size(args, pp) == size
+
+
+@pytest.mark.parametrize(
+    ("args", "buckets"),
+    [
+        ({}, None),
+        ({"overlap_grad_reduce": True, "ddp_bucket_size": 1}, 1),
+        ({"overlap_grad_reduce": True, "ddp_bucket_size": 7700}, 7700),
+        ({"overlap_grad_reduce": True, "data_parallel_size": 64}, 10_000),  # 64 in the source, 1 in what is written
+    ],
+    ids=["one", "each", "some", "by the number of replicas"],
+)
+def test_written_buffers_are_those_of_the_args_beside_them(
+    args: dict[str, object],
+    buckets: int | None,
+    hf: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a model whose sizes are no multiples of the alignment: as Megatron-Core lays them out, and as we read them."""
+    monkeypatch.setattr(f"{buffers.__module__}.SMALLEST_BUCKET", 1)
+    monkeypatch.setattr(f"{buffers.__module__}.BUCKET_PER_REPLICA", 10_000)
+    wishes: Any = {"vocab_divisor": 1, "saver_options": {"distributed_optimizer": True, "transformer_impl": "local"}}
+    source = hf("llama", hidden_size=60, head_dim=16)
+    out = in_training(source, args, tmp_path / "out", saver="mcore", **wishes)
+    (folder,) = out.glob("iter_*/mp_rank_00")
+    model = torch.load(folder / RANK_FILE, weights_only=False)["model"]
+    sizes = [weight.numel() for weight in model.values() if isinstance(weight, torch.Tensor)]
+    (world,) = torch.load(folder / FLAT_FILE)[0].values()
+    assert world["numel_unpadded"] == in_the_file(sizes, None, buckets, 1)[1]
+    (held,) = stored(out).ranks.values()
+    assert {key.slot for key in held} == {"param", EXP_AVG, EXP_AVG_SQ}
+    for key, tensor in held.items():
+        np.testing.assert_array_equal(tensor.numpy(), model[key.name].numpy(), str(key))

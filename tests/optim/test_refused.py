@@ -6,14 +6,17 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ckptconv.errors import CkptconvError
-from tests.optim.convert import converted
+from ckptconv.checkpoint import STATE, Checkpoint, Key
+from ckptconv.errors import CkptconvError, ConfigError, FormatError
+from tests.optim.conftest import Get
+from tests.optim.convert import converted, edited, stored
 from tests.optim.rank_runs import FLAT_FILE, RANK_FILE
 
 Saved = dict[Any, Any]
@@ -74,6 +77,26 @@ def half_a_step(saved: Saved) -> None:
     inner(saved)["state"][0]["step"] += 0.5
 
 
+def nan_steps(saved: Saved) -> None:
+    inner(saved)["state"][0]["step"] *= torch.nan
+
+
+def endless_steps(saved: Saved) -> None:
+    inner(saved)["state"][0]["step"] += torch.inf
+
+
+def uncounted(saved: Saved) -> None:
+    for told in (*inner(saved).get("state", {}).values(), *inner(saved)["param_groups"]):
+        told.pop("step", None)
+
+
+def masters_alone(saved: Saved) -> None:
+    """Of FusedAdam, which counts in its groups."""
+    inner(saved)["state"].clear()
+    for group in inner(saved)["param_groups"]:
+        group["step"] = 2
+
+
 def one_master_less(saved: Saved) -> None:
     saved["optimizer"]["fp32_from_fp16_params"][1].pop()
 
@@ -91,6 +114,10 @@ def lose_state(saved: Saved) -> None:
         (renumber, r"exp_avg in the place of embedding.word_embeddings.weight has shape \(64, 32\), expected \(128, 64\)"),
         (count_apart, r"different numbers of updates: \[2, 3\]"),
         (half_a_step, "step is 2.5, expected how many updates"),
+        (nan_steps, "step is nan, expected how many updates"),
+        (endless_steps, "step is inf, expected how many updates"),
+        (uncounted, "has moments, but no step in its param groups or beside them, expected how many updates"),
+        (masters_alone, r"no rank has the state of 27 parameters:\n  pp=0 tp=0: decoder.final_layernorm.weight \[exp_avg\]"),
         (one_master_less, "has 8 master weights for 9 parameters that are not fp32"),
         (lose_state, r"parameter 2 \(decoder.layers.0.self_attention.linear_qkv.weight\) has nothing"),
         (lambda saved: inner(saved).update(param_groups={}), "param_groups: is a dict, expected a list"),
@@ -111,14 +138,20 @@ def other_schedule(saved: Saved) -> None:
     saved["opt_param_scheduler"]["num_steps"] += 1
 
 
+def scale_gradients(saved: Saved) -> None:
+    saved["optimizer"]["grad_scaler"] = {"scale": torch.tensor([1024.0]), "growth_tracker": 0}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (other_rate, "param groups of one kind differ, here or between ranks, in lr"),
         (other_schedule, "opt_param_scheduler: is not the same on all ranks"),
+        (scale_gradients, "grad_scaler is {'scale': 1024.0, 'growth_tracker': 0}, but None in"),
+        (uncounted, "has moments, but no step in its param groups or beside them"),
         (lambda saved: saved.pop("optimizer"), "cannot carry over:\n  optimizer"),
     ],
-    ids=["learning rate", "scheduler", "nothing on one rank"],
+    ids=["learning rate", "scheduler", "scale of gradients", "no count on one rank", "nothing on one rank"],
 )
 def test_ranks_that_say_other_things(change: Edit, message: str, golden: Path, tmp_path: Path) -> None:
     assert message in refused(golden, tmp_path, change, place="mp_rank_01")
@@ -134,16 +167,22 @@ def shorten(saved: Saved) -> None:
     flat(saved)["exp_avg"] = flat(saved)["exp_avg"][:-64]
 
 
+def miscount(saved: Saved) -> None:
+    flat(saved)["numel_unpadded"] += 64
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (shorten, "exp_avg has shape (78336,), expected (78400,)"),
+        (miscount, "numel_unpadded is 78464, expected 78400 for these parameters"),
         (lambda saved: saved.pop("buckets_coalesced"), "from before Megatron-Core 0.7"),
+        (lambda saved: saved.update(buckets_coalesced=1), "from before Megatron-Core 0.7"),
         (lambda saved: saved.update({1: saved[0]}), "has buffers [0, 1], expected 1"),
         (lambda saved: saved.update({0: {torch.float32: flat(saved)}}), "expected parameters of bfloat16 alone"),
         (lambda saved: flat(saved).pop("param"), "param has shape None"),
     ],
-    ids=["size", "old form", "number", "dtype", "no masters"],
+    ids=["size", "size told", "old form", "no answer", "number", "dtype", "no masters"],
 )
 def test_flat_buffers(change: Edit, message: str, golden: Path, tmp_path: Path) -> None:
     assert message in refused(golden, tmp_path, change, FLAT_FILE)
@@ -178,7 +217,8 @@ def test_hugging_face_files_have_no_place_for_it(golden: Path, tmp_path: Path) -
         converted(golden, tmp_path / "out", saver="hf", **family)
     converted(golden, tmp_path / "out", saver="hf", optimizer="drop", **family)
     ranks = converted(golden, tmp_path / "ranks", optimizer="drop")
-    (note,) = json.loads((ranks / "ckptconv.json").read_text())["about"]["notes"]
+    counter, note = json.loads((ranks / "ckptconv.json").read_text())["about"]["notes"]
+    assert counter == "left behind in the rank files: num_floating_point_operations_so_far"
     assert note.startswith(
         "given up (--optimizer drop): optimizer (2 param groups), learning rate scheduler, RNG state"
     )
@@ -196,3 +236,40 @@ def narrow_moments(saved: Saved) -> None:
 def test_moments_of_another_dtype(lists: Path, tmp_path: Path) -> None:
     told = refused(lists, tmp_path, narrow_moments)
     assert "[exp_avg] bf16" in told
+
+
+@pytest.mark.ranks
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize(("pp", "ep"), [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_lost_buffers_of_experts(pp: int, ep: int, trained: Get, tmp_path: Path) -> None:
+    """Names count from a process's first layer and expert, so the others have the like."""
+    folder = tmp_path / "lost"
+    shutil.copytree(trained("experts").folder, folder)
+    (path,) = folder.glob(f"iter_*/mp_rank_00_{pp:03}_{ep:03}/{FLAT_FILE}")
+    path.unlink()
+    with pytest.raises(FormatError, match=rf"no rank has the state(.|\n)*pp={pp} etp=0 ep={ep}: .*local_experts"):
+        stored(folder)
+
+
+@pytest.mark.parametrize(
+    ("saver", "options"),
+    [
+        ("mcore", {"distributed_optimizer": False}),
+        ("mcore", {"distributed_optimizer": True}),
+        ("mcore-dist", {"distributed_optimizer": False}),
+        ("mcore-dist", {"distributed_optimizer": True}),
+    ],
+    ids=["lists", "flat", "plain", "distributed"],
+)
+@pytest.mark.parametrize("lost", STATE)
+def test_what_is_not_there_is_not_written(
+    lost: str, saver: str, options: dict[str, Any], golden: Path, tmp_path: Path
+) -> None:
+    """Neither as zeros, nor as a wider weight, nor by taking the parameter for a frozen one."""
+
+    def without(whole: Checkpoint) -> Checkpoint:
+        kept = {key: tensor for key, tensor in whole.tensors.items() if key != Key("embed.weight", lost)}
+        return replace(whole, tensors=kept)
+
+    with pytest.raises(ConfigError, match=rf"word_embeddings.weight \(bf16\) has no {lost} after 2 updates"):
+        edited(golden, without, tmp_path / "out", saver=saver, saver_options=options)

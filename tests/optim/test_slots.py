@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from ckptconv.checkpoint import STATE, Key
+from ckptconv.canonicalize import canonicalize
+from ckptconv.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER, STATE, Key
 from ckptconv.errors import FormatError
 from tests.judge.ranks import Layout
 from tests.optim.conftest import RUNS, Get
@@ -195,6 +196,29 @@ def test_another_dtype_is_rounded_from_the_master_or_becomes_one(golden: Path, t
         theirs, ours = (leaves(read(folder, place, FLAT_FILE)) for folder in (golden, back))
         assert theirs.keys() == ours.keys()
         assert all(same(theirs[path], ours[path]) for path in theirs)
+
+
+@pytest.mark.parametrize(
+    ("saver", "distributed"), [("mcore", False), ("mcore", True), ("mcore-dist", False), ("mcore-dist", True)]
+)
+def test_before_the_first_update_weights_of_fp32_become_masters(
+    saver: str, distributed: bool, golden: Path, tmp_path: Path
+) -> None:
+    """A run in fp32 that has not begun holds the weights alone; nothing of them is lost in bf16."""
+    full = converted(golden, tmp_path / "full", dtype="fp32", tp=1, saver_options={"distributed_optimizer": False})
+    (path,) = full.rglob(RANK_FILE)
+    saved = torch.load(path, weights_only=False)
+    saved["optimizer"]["state"].clear()
+    torch.save(saved, path)
+    options = {"distributed_optimizer": distributed}
+    out = converted(full, tmp_path / "out", dtype="bf16", saver=saver, saver_options=options)
+    exact, held = canonicalize(stored(full)).tensors, canonicalize(stored(out)).tensors
+    moments = () if (saver, distributed) == ("mcore", False) else (EXP_AVG, EXP_AVG_SQ)  # these lists begin empty
+    assert {key.slot for key in exact} == {"param"}
+    assert held.keys() == {Key(name, slot) for name, _ in exact for slot in ("param", MASTER, *moments)}
+    for name, _ in exact:
+        np.testing.assert_array_equal(held[Key(name, MASTER)].numpy(), exact[Key(name)].numpy(), name)
+        assert not any(held[Key(name, slot)].numpy().any() for slot in moments)
 
 
 def test_rows_of_padding_have_no_moments(golden: Path, tmp_path: Path) -> None:

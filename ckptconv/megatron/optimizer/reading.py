@@ -57,7 +57,7 @@ def _refuse_lost(
     needed = {(holder(p, m), m, slot) for p, members in wanted.items() for m in members for slot in _needed(m, updates)}
     lost = needed - {(holder(p, m), m, slot) for p, held in slots.items() for m, slot in held}
     if lost:
-        count = len({(place[0], member) for place, member, _ in lost})
+        count = len({(place[0], place[2:], member) for place, member, _ in lost})  # not each tensor rank's part
         words = {2: ("pp", "tp"), 3: ("pp", "etp", "ep")}
         told = sorted(
             " ".join(f"{word}={n}" for word, n in zip(words[len(place)], place, strict=True)) + f": {Key(m.name, slot)}"

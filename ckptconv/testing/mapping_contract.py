@@ -49,6 +49,17 @@ RADIO = replace(
     CLIP, family="hf-radio-h", hidden=32, heads=16, kv_heads=16, head_dim=2, image=0, class_tokens=3, max_positions=36, norm_eps=1e-6,
     activation="gelu", pre_norm=False, final_norm=False, patch_linear=True,
 )  # fmt: skip
+CLIP_64 = replace(CLIP, hidden=512, head_dim=64, image=336, patch=84)  # heads as wide as OpenAI's
+
+
+def _joined(language: ModelConfig, vision: ModelConfig, projector: ModelConfig) -> ModelConfig:
+    return replace(language, dtype=BF16, towers={"vision": vision, "projector": projector})
+
+
+LLAVA = _joined(DENSE, CLIP_64, projector_config(512, 40, 32, mlp_bias=True))
+INTERNVL = _joined(
+    replace(DENSE, family="hf-qwen2", qkv_bias=True), INTERNVIT, projector_config(192, 40, 32, pre_norm=True, mlp_bias=True)
+)  # fmt: skip
 SHAPES: dict[str, ModelConfig] = {
     "dense": DENSE,
     "tied": replace(DENSE, tied=True),
@@ -63,6 +74,7 @@ SHAPES: dict[str, ModelConfig] = {
     "moe-some-layers": replace(DENSE, experts=4, moe_ffn=40, router_topk=2, moe_layers=(1, 3)),
     "clip": CLIP,
     "clip-projected": replace(CLIP, projection=20),
+    "clip-64": CLIP_64,
     "siglip": SIGLIP,
     "siglip-no-head": replace(SIGLIP, pooling=False),
     "internvit": INTERNVIT,
@@ -72,8 +84,14 @@ SHAPES: dict[str, ModelConfig] = {
         RADIO, family="hf-radio-g", hidden=48, heads=24, kv_heads=24, final_norm=True, layer_scale=True, glu=True, activation="silu",
         mask_token=True, patch_bias=True,
     ),
-    "projector": projector_config(48, 32, 32, mlp_bias=True),
+    "projector": projector_config(48, 40, 32, mlp_bias=True),
     "projector-linear": replace(projector_config(48, 0, 32, mlp_bias=True), linear=True),
+    "projector-vision": replace(projector_config(48, 40, 32, mlp_bias=True), towers={"vision": CLIP}),
+    "llava": LLAVA,
+    "llava-next": _joined(DENSE, CLIP_64, replace(LLAVA.towers["projector"], newline=True)),
+    "llava-moe": replace(LLAVA, experts=4, moe_ffn=40, router_topk=2, moe_layers=(0, 1, 2, 3)),
+    "internvl": INTERNVL,
+    "nvlm": _joined(INTERNVL, replace(INTERNVIT, heads=15, kv_heads=15, true_heads=8), projector_config(192, 40, 32, pre_norm=True)),
 }  # fmt: skip
 LAYOUTS: dict[str, Topology] = {
     "whole": even(4),
@@ -91,11 +109,13 @@ LAYOUTS: dict[str, Topology] = {
 class MappingContract:
     """Subclass it as `class TestMine(MappingContract): mapping = "hf-mine"`; a Path is a file that is not installed.
 
+    mapping         of several parts: with the families of all, `hf-mine(hf-llama,hf-clip)`
     shapes          names of SHAPES that the mapping must hold; None: a family those that its [config] can say, a dialect all
                     language models
     layouts         names of LAYOUTS it must be cut in; None: a family only whole, a dialect all
     refuses         layouts among these that some shape does not divide into
     told_by_names   whether the variants can be told from the names and shapes that are stored
+    own_config      whether a family has a config.json of its own; no: it is a part that the whole model's file says nothing of
     """
 
     mapping: ClassVar[str | Path]
@@ -103,6 +123,7 @@ class MappingContract:
     layouts: ClassVar[tuple[str, ...] | None] = None
     refuses: ClassVar[tuple[str, ...]] = ()
     told_by_names: ClassVar[bool] = True
+    own_config: ClassVar[bool] = True
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         mapping = self._mapping()
@@ -120,7 +141,7 @@ class MappingContract:
     def _shapes(self, mapping: Mapping) -> Iterator[str]:
         for name in self.shapes or SHAPES:
             config = SHAPES[name]
-            if self.shapes is not None or (_says(mapping, config) if mapping.config else config.kind == "text"):
+            if self.shapes is not None or (_says(mapping, config) if mapping.config else is_language_model(config)):
                 yield name
 
     def _forms(self, mapping: Mapping) -> Iterator[object]:
@@ -144,6 +165,7 @@ class MappingContract:
 
     def test_it_has_rules_and_says_what_it_is(self, loaded: Mapping) -> None:
         assert loaded.rules
+        assert all(part.family for part in loaded.parts), "name the family of each part: hf-mine(hf-llama,hf-clip)"
         path = self.mapping if isinstance(self.mapping, Path) else None
         if path is not None:
             assert path.read_text().lstrip().startswith("#"), "the file opens with a sentence that says what it is"
@@ -240,10 +262,11 @@ class MappingContract:
                 entries(loaded)
             return
         assert {e.codec for e in entries(loaded)} <= set(CODECS)
-        assert loaded.match, "a family says by `match` which config.json is its own"
+        assert bool(loaded.match) == self.own_config, "a family says by `match` which config.json is its own"
+        assert self.own_config or "const" not in loaded.config, "it would stand in the whole model's config.json"
 
     def test_config_json_made_from_nothing_is_its_own(self, loaded: Mapping, shape: str) -> None:
-        if not loaded.config:
+        if not (loaded.config and self.own_config):
             return  # a dialect has no config.json
         table, _ = write_config(SHAPES[shape], None, loaded)
         known = [loaded, *(m for m in families() if m.name != loaded.name)]
@@ -259,7 +282,7 @@ class MappingContract:
         table, _ = write_config(config, None, loaded)
         (tensors,) = stored(whole(loaded, config), loaded, variants(loaded)[0], even(4)).ranks.values()
         back = read_config(table, "config.json", loaded, {key.name: tensor.shape for key, tensor in tensors.items()})
-        assert replace(back, family=config.family, raw={}, vocab=config.vocab) == _as_said(config, back)
+        assert _bare(back) == _bare(_as_said(config, back))
         assert write_config(back, table, loaded) == (table, []), "nothing is to be changed in it"
 
 
@@ -274,9 +297,18 @@ def _says(mapping: Mapping, config: ModelConfig) -> bool:
 
 
 def _as_said(config: ModelConfig, back: ModelConfig) -> ModelConfig:
-    """The sizes of dense layers are not told by a family that has none, nor is a dtype that was never stated."""
-    ffn = back.ffn if len(config.moe_layers) == config.layers else config.ffn
-    return replace(config, ffn=ffn, raw={}, dtype=back.dtype)
+    """The sizes of dense layers are not told by a family that has none."""
+    return replace(config, ffn=back.ffn if len(config.moe_layers) == config.layers else config.ffn)
+
+
+def _bare(config: ModelConfig) -> ModelConfig:
+    """The architecture alone, of all parts: a dtype may never have been stated."""
+    towers = {name: _bare(tower) for name, tower in config.towers.items()}
+    return replace(config, family="", raw={}, dtype=None, vocab=None, towers=towers)
+
+
+def is_language_model(config: ModelConfig) -> bool:
+    return config.kind == "text" and not config.towers
 
 
 def whole(mapping: Mapping, config: ModelConfig) -> Checkpoint:

@@ -17,7 +17,7 @@ from ckptconv.formats.openai_clip import OpenaiClip
 from ckptconv.mapping_files import mapping_paths
 from ckptconv.registry import BUILT_IN, formats
 from ckptconv.testing import FormatContract, MappingContract
-from ckptconv.testing.mapping_contract import SHAPES
+from ckptconv.testing.mapping_contract import SHAPES, is_language_model
 
 
 class TestHf(FormatContract):
@@ -89,28 +89,53 @@ class TestOpenaiClip(FormatContract):
     to_hf = False  # without config.json
 
 
-ALIKE = tuple(name for name, config in SHAPES.items() if config.kind == "text" and name != "moe-some-layers")
+ALIKE = tuple(name for name, config in SHAPES.items() if is_language_model(config) and name != "moe-some-layers")
 TOWERS = {
     "shapes": tuple(name for name, config in SHAPES.items() if config.kind == "vision"),
     "layouts": ("whole", "tp2", "tp8"),
 }
+WHOLE_MODELS = {"shapes": ("llava", "llava-next", "llava-moe", "internvl"), "layouts": ("whole", "tp2", "pp2-vpp2")}
 MAPPINGS: dict[str, dict[str, Any]] = {
+    "clip-in-llava": {"shapes": ("clip-64",), "own_config": False},
     "clip-names": {"shapes": ("clip",), "layouts": ("whole",)},
+    "hf-internvl": {"mapping": "hf-internvl(hf-qwen2,hf-internvl-vision)", "shapes": ("internvl",)},
+    "hf-internvl-chat": {"mapping": "hf-internvl-chat(hf-internvit,hf-qwen2)", "shapes": ("internvl",)},
+    "hf-llava": {"mapping": "hf-llava(hf-llama,hf-clip)", "shapes": ("llava",)},
+    "hf-llava-liuhaotian": {
+        "mapping": "hf-llava-liuhaotian(hf-llama,clip-in-llava)",
+        "shapes": ("llava", "llava-next"),
+    },
+    "hf-llava-next": {"mapping": "hf-llava-next(hf-llama,hf-clip)", "shapes": ("llava-next",)},
+    "hf-nvlm": {"mapping": "hf-nvlm(hf-internvit,hf-qwen2)", "shapes": ("nvlm",)},
     "mcore-dist": {"layouts": ("whole", "tp2"), "refuses": ("tp2",)},
     "mcore-dist-singleton": {"layouts": ("whole", "pp2-vpp2"), "refuses": ("pp2-vpp2",)},
     "mcore-dist-stacked": {"shapes": ALIKE, "layouts": ("whole", "tp2-ep2"), "refuses": ("tp2-ep2",)},
+    "mcore-dist-vision": {**TOWERS, "layouts": ("whole", "tp2"), "refuses": ("tp2",)},
+    "mcore-dist-vlm": {**WHOLE_MODELS, "refuses": ("tp2", "pp2-vpp2")},
+    "mcore-dist-vlm-stacked": {**WHOLE_MODELS, "refuses": ("tp2", "pp2-vpp2")},
     "mcore-local": {"layouts": ("whole", "tp2", "tp4-ep2-etp1")},  # the cuts are mcore's
     "mcore-vision": TOWERS,
     "mcore-vision-local": TOWERS,
+    "mcore-vlm": WHOLE_MODELS,
+    "mcore-vlm-local": WHOLE_MODELS,
     "megatron-legacy": {
         "shapes": ("dense", "tied", "qkv-bias", "biases", "layernorm"),
         "layouts": ("whole", "tp4-pp2", "pp2-vpp2", "uneven", "tp8"),
         "refuses": ("tp8",),
         "told_by_names": False,
     },
+    "mm-projector": {"shapes": ("projector", "projector-linear"), "layouts": ("whole",)},
     "openai-clip": {"shapes": ("clip", "clip-projected"), "layouts": ("whole",)},
-    "nemo-adapter": {"shapes": ("projector", "projector-linear"), "layouts": ("whole", "tp2", "tp4-pp2")},
-    "nemo-neva": {"mapping": "nemo-neva(nemo-mcore,hf-clip)", "layouts": ("whole", "tp2", "tp4-ep2-etp1")},
+    "nemo-adapter": {
+        "mapping": "nemo-adapter(hf-clip)",
+        "shapes": ("projector", "projector-linear", "projector-vision"),
+        "layouts": ("whole", "tp2", "tp4-pp2"),
+    },
+    "nemo-neva": {
+        "mapping": "nemo-neva(nemo-mcore,hf-clip)",
+        "shapes": ("llava", "llava-next", "llava-moe"),
+        "layouts": ("whole", "tp2", "pp2-vpp2", "tp4-ep2-etp1"),
+    },
     "nemo-mcore": {"layouts": ("whole", "tp2", "tp4-ep2-etp1")},
     "nemo-mcore-local": {"layouts": ("whole", "tp2", "tp4-ep2-etp1")},
 }
@@ -124,7 +149,9 @@ for _name in mapping_paths():
 def test_every_built_in_format_has_its_contract() -> None:
     held = {c.format.name for c in (TestHf, TestMcore, TestMcoreDist, TestLegacy, TestNemo, TestNemo2, TestOpenaiClip)}
     read_only = {name for name, (_, fmt) in formats().items() if isinstance(fmt, ReadOnly)}
-    assert read_only == {"dcp", "lightning"}, "what is only read has tests of its own: test_dcp_format.py, tests/nemo2"
+    assert read_only == {"dcp", "lightning", "mm-projector"}, (
+        "what is only read has tests of its own: test_dcp_format.py, tests/nemo2, tests/vision/test_combine.py"
+    )
     assert (
         held | read_only == set(BUILT_IN) == {name for name, (origin, _) in formats().items() if origin == "built-in"}
     )

@@ -49,7 +49,7 @@ trainer
 LEVEL = {name: number for number, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 CORE = {"numpy", "ml_dtypes", "xxhash", "yaml"}
 FACE = {"click", "tqdm"}
-EXTRAS = {"isal": "crc", "tensorstore": "coding", "huggingface_hub": "formats"}
+EXTRAS = {"isal": "crc", "tensorstore": "coding", "huggingface_hub": "formats", "matplotlib": "trainer"}
 EXTRAS |= dict.fromkeys(("sentencepiece", "google", "tokenizers"), "tokenizer")
 HEAVY = {"torch", "transformers", "safetensors", "pytest", "hypothesis"}
 MAY_BE_HEAVY = ("torch_bridge", "testing", "logits", "trainer")

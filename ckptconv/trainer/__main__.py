@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -18,14 +19,12 @@ from ckptconv.trainer.run import History, train
 def main() -> None:
     options = _options()
     config = read(options.config) if options.config else Config()
-    config = config.but(steps=config.training.steps if options.steps is None else options.steps)
-    config = replace(
-        config, layout=replace(config.layout, **{d: n for d in ("tp", "pp", "vpp", "ep") if (n := getattr(options, d))})
-    )
+    degrees = {d: n for d in ("tp", "pp", "vpp", "ep") if (n := getattr(options, d))}
+    config = replace(config, layout=replace(config.layout, **degrees))
+    config = config if options.steps is None else config.but(steps=options.steps)
 
     def job() -> History:
-        report = _tell if dist.get_rank() == 0 else None
-        history = train(config, options.load, options.save, fresh=options.fresh, report=report)
+        history = train(config, options.load, options.save, fresh=options.fresh, tell=partial(print, flush=True))
         if options.plot and dist.get_rank() == 0:
             draw(history, options.plot)
         return history
@@ -38,23 +37,17 @@ def main() -> None:
         launch(at.tp * at.pp * (options.dp or at.ep), job)
 
 
-def _tell(step: int, loss: float, norm: float) -> None:
-    print(f"step {step:4d}  loss {loss:.6f}  norm {norm:.6f}", flush=True)
-
-
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m ckptconv.trainer", description=__doc__)
     parser.add_argument("--config", type=Path, metavar="FILE", help="a TOML file; without it, a small decoder on text")
     parser.add_argument("--steps", type=int, help="train up to this step")
     for degree in ("tp", "pp", "vpp", "ep"):
         parser.add_argument(f"--{degree}", type=int, help="in place of the file's")
-    parser.add_argument(
-        "--dp", type=int, help="data-parallel copies, unless torchrun says how many processes there are"
-    )
+    parser.add_argument("--dp", type=int, help="data-parallel copies, where torchrun does not say it")
     parser.add_argument("--load", type=Path, metavar="FOLDER", help="go on from this checkpoint")
     parser.add_argument("--fresh", action="store_true", help="take its parameters only, and begin at step 0")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="save here after the last step")
-    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the losses")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the losses")
     return parser.parse_args()
 
 

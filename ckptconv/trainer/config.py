@@ -5,17 +5,16 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar
 
 import torch
-
-Section = TypeVar("Section")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A Llama-style decoder; with `experts`, every MLP is a mixture of them. `seq` counts tokens, not image patches."""
 
+    sees: ClassVar[bool] = False
     layers: int = 4
     hidden: int = 32
     ffn: int = 64
@@ -31,15 +30,12 @@ class ModelConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
 
-    @property
-    def head_dim(self) -> int:
-        return self.hidden // self.heads
-
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
     """A CLIP-style tower: square images of `image` pixels in patches of `patch`, and a class token that is not handed on."""
 
+    sees: ClassVar[bool] = True
     layers: int = 2
     hidden: int = 32
     ffn: int = 64
@@ -47,6 +43,10 @@ class VisionConfig:
     image: int = 16
     patch: int = 8
     norm_eps: float = 1e-5
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads
 
     @property
     def patches(self) -> int:
@@ -65,12 +65,7 @@ class LayoutConfig:
 
 @dataclass(frozen=True, slots=True)
 class TrainingConfig:
-    """Everything that decides the loss curve beside the model. `warmup` and `decay` count samples, as in Megatron's scheduler.
-
-    `precision`: "fp64" computes in float64 but keeps every parameter and moment a float32 number, so that no layout can be told
-    from another by its rounding; "fp32"; "bf16" with float32 masters. `freeze`: prefixes of parameter names that are not trained.
-    `format`: "torch" (a file per rank) or "torch_dist". `data`: "text", "captions" or "questions".
-    """
+    """Everything that decides the loss curve beside the model. `warmup` and `decay` count samples, as in Megatron's scheduler."""
 
     steps: int = 20
     global_batch: int = 8
@@ -79,18 +74,17 @@ class TrainingConfig:
     min_lr: float = 3e-4
     warmup: int = 16
     decay: int = 800
-    decay_style: str = "cosine"
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     clip: float = 1.0
     seed: int = 1
-    precision: str = "fp32"
+    precision: str = "fp32"  # or bf16 with float32 masters; or fp64, computed in it over numbers kept in float32
     distributed_optimizer: bool = False
-    freeze: tuple[str, ...] = ()
-    format: str = "torch"
-    data: str = "text"
+    freeze: tuple[str, ...] = ()  # how names of parameters begin that are not trained
+    format: str = "torch"  # a file per rank, or torch_dist
+    data: str = "text"  # or captions or questions
 
     @property
     def compute(self) -> torch.dtype:
@@ -128,7 +122,7 @@ class Config:
 
     def check(self, world: int) -> int:
         """How many data-parallel copies `world` processes hold; an error that lists all that does not fit."""
-        m, t, at = self.model, self.training, self.layout
+        m, v, t, at = self.model, self.vision, self.training, self.layout
         dp = max(world // (at.tp * at.pp), 1)
         micro_batches = t.global_batch // (t.micro_batch * dp)
         rules = [
@@ -147,36 +141,31 @@ class Config:
              f"global_batch {t.global_batch} is no multiple of micro_batch {t.micro_batch} x {dp} data-parallel copies"),
             (at.vpp == 1 or micro_batches % at.pp == 0, f"with vpp, {micro_batches} micro-batches must be a multiple of pp"),
             (t.precision in ("fp64", "fp32", "bf16"), f"precision is {t.precision!r}, known are fp64, fp32, bf16"),
+            (t.decay > t.warmup, f"decay {t.decay} must come after warmup {t.warmup}"),
             (t.format in ("torch", "torch_dist"), f"format is {t.format!r}, known are torch, torch_dist"),
-            (t.decay_style in ("cosine", "linear", "constant"), f"decay_style {t.decay_style!r} is not known"),
-            (t.data in (("captions", "questions") if self.vision else ("text",)),
+            (not v or {"language_model.", "vision_model."}.issuperset(t.freeze),
+             f"freeze is {t.freeze}: of a model with a vision tower, args can say language_model. and vision_model. only"),
+            (not v or (v.heads % at.tp == 0 and v.ffn % at.tp == 0), f"vision heads or ffn are no multiple of tp {at.tp}"),
+            (not v or (v.hidden % v.heads == 0 and v.image % v.patch == 0), "vision heads or patches do not fit"),
+            (t.data in (("captions", "questions") if v else ("text",)),
              f"data is {t.data!r}: models with a vision tower train on captions or questions, others on text"),
         ]  # fmt: skip
-        if v := self.vision:
-            rules += [
-                (v.heads % at.tp == 0 and v.ffn % at.tp == 0, f"vision heads or ffn are no multiple of tp {at.tp}"),
-                (v.hidden % v.heads == 0 and v.image % v.patch == 0, "vision heads or patches do not fit"),
-            ]
         if wrong := [said for good, said in rules if not good]:
             raise ValueError("this run cannot be: " + "; ".join(wrong))
         return dp
 
 
+TABLES = {"model": ModelConfig, "vision": VisionConfig, "layout": LayoutConfig, "training": TrainingConfig}
+
+
 def read(path: Path) -> Config:
     """The tables [model], [vision], [layout], [training] of a TOML file; what it does not say keeps its default."""
-    tables = tomllib.loads(path.read_text())
-    if strange := tables.keys() - {f.name for f in fields(Config)}:
-        raise ValueError(f"{path}: unknown tables {sorted(strange)}; known are model, vision, layout, training")
-    return Config(
-        _section(ModelConfig, tables.get("model", {}), f"{path} [model]"),
-        _section(VisionConfig, tables["vision"], f"{path} [vision]") if "vision" in tables else None,
-        _section(LayoutConfig, tables.get("layout", {}), f"{path} [layout]"),
-        _section(TrainingConfig, tables.get("training", {}), f"{path} [training]"),
-    )
-
-
-def _section(kind: type[Section], table: dict[str, Any], where: str) -> Section:
-    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
-    if strange := table.keys() - known:
-        raise ValueError(f"{where}: unknown settings {sorted(strange)}; known are {', '.join(known)}")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in table.items()})
+    sections: dict[str, Any] = {}
+    for name, table in tomllib.loads(path.read_text()).items():
+        if name not in TABLES:
+            raise ValueError(f"{path}: unknown table [{name}]; known are {', '.join(TABLES)}")
+        known = [f.name for f in fields(TABLES[name])]
+        if strange := sorted(table.keys() - set(known)):
+            raise ValueError(f"{path} [{name}]: unknown settings {strange}; known are {', '.join(known)}")
+        sections[name] = TABLES[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in table.items()})
+    return Config(**sections)

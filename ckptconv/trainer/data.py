@@ -6,9 +6,8 @@ a question, and an answer, which alone counts in the loss.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from functools import cache
+import random
+from collections.abc import Sequence
 from importlib.resources import files
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ckptconv.trainer.config import Config, VisionConfig
 
+TEXT = files("ckptconv.trainer").joinpath("text.txt").read_bytes()
 COLORS = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0), "white": (1.0, 1.0, 1.0)}
 SIDES = {"top": (0, None), "bottom": (1, None), "left": (None, 0), "right": (None, 1)}
 
@@ -27,27 +27,18 @@ def batch(config: Config, samples: Sequence[int]) -> dict[str, Tensor]:
 
 
 def _sample(config: Config, number: int) -> dict[str, Tensor]:
-    dice = _dice(config.training.seed, number)
+    dice = random.Random(f"{config.training.seed}:{number}")
     if config.vision is None:
         length = config.model.seq + 1
-        start = next(dice) % (len(_text()) - length)
-        return _row(_text()[start : start + length], 0, config.model.seq)
-    color, side = (list(names)[next(dice) % 4] for names in (COLORS, SIDES))
+        start = dice.randrange(len(TEXT) - length)
+        return _row(TEXT[start : start + length], 0, config.model.seq)
+    color, side = dice.choice(list(COLORS)), dice.choice(list(SIDES))
     question, answer = "", f"{color}, {side}"
     if config.training.data == "questions":
-        question, answer = ("where? ", side) if next(dice) % 2 else ("colour? ", color)
+        question, answer = dice.choice([("where? ", side), ("colour? ", color)])
     said = (question + answer + "\n").encode()
-    return _row(said, len(question), config.model.seq) | {"images": _picture(config.vision, color, side, next(dice))}
-
-
-def _dice(seed: int, number: int) -> Iterator[int]:
-    digest = hashlib.sha256(f"{seed}:{number}".encode()).digest()
-    return (int.from_bytes(digest[i : i + 6], "little") for i in range(0, 30, 6))
-
-
-@cache
-def _text() -> bytes:
-    return files("ckptconv.trainer").joinpath("text.txt").read_bytes()
+    image = _picture(config.vision, color, side, dice.getrandbits(48))
+    return _row(said, len(question), config.model.seq) | {"images": image}
 
 
 def _row(said: bytes, asked: int, length: int) -> dict[str, Tensor]:

@@ -6,27 +6,29 @@ Activations are [sequence, batch, hidden].
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from ckptconv.trainer import parallel
-from ckptconv.trainer.parallel import ColumnParallel, Grid, RowParallel, VocabParallelEmbedding, Weight, weight
+from ckptconv.trainer.config import ModelConfig, VisionConfig
+from ckptconv.trainer.parallel import COLUMN, ROW, Grid, Linear, VocabParallelEmbedding, Weight, weight
 
 Batch = Mapping[str, Tensor]
+Shape = ModelConfig | VisionConfig
 
 
 class Norm(nn.Module):
-    """RMSNorm, or LayerNorm if it has a bias."""
+    """RMSNorm; LayerNorm in a tower that sees."""
 
-    def __init__(self, grid: Grid, size: int, eps: float, *, bias: bool = False) -> None:
+    def __init__(self, grid: Grid, c: Shape) -> None:
         super().__init__()
-        self.weight = weight(grid, (size,), init=None)
-        self.bias = weight(grid, (size,), init=0.0) if bias else None
-        self.eps = eps
+        self.weight = weight(grid, (c.hidden,), init=None)
+        self.bias = weight(grid, (c.hidden,), init=0.0) if c.sees else None
+        self.eps = c.norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is None:
@@ -47,92 +49,47 @@ def rotate(x: Tensor, theta: float) -> Tensor:
 class Attention(nn.Module):
     """Rows of linear_qkv stand by key/value head: its queries, its key, its value. So a cut by rows is a cut by groups."""
 
-    def __init__(
-        self, grid: Grid, hidden: int, heads: int, kv_heads: int, *, causal: bool, qkv_bias: bool, bias: bool
-    ) -> None:
+    def __init__(self, grid: Grid, c: Shape) -> None:
         super().__init__()
-        self.size, self.groups, self.queries = hidden // heads, kv_heads // grid.tp, heads // kv_heads
-        self.causal, self.theta = causal, grid.config.model.rope_theta
-        self.linear_proj = RowParallel(grid, hidden, hidden, bias=bias)
-        self.linear_qkv = ColumnParallel(grid, hidden, (heads + 2 * kv_heads) * self.size, bias=qkv_bias)
+        self.size, self.groups, self.queries = c.hidden // c.heads, c.kv_heads // grid.tp, c.heads // c.kv_heads
+        self.theta = None if c.sees else grid.config.model.rope_theta  # what sees looks both ways, and knows its places
+        rows, qkv_bias = (c.heads + 2 * c.kv_heads) * self.size, c.sees or grid.config.model.qkv_bias
+        self.linear_proj = Linear(grid, ROW, c.hidden, c.hidden, bias=c.sees)
+        self.linear_qkv = Linear(grid, COLUMN, c.hidden, rows, bias=qkv_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         length, batch, _ = x.shape
         groups = self.linear_qkv(x).view(length, batch, self.groups, self.queries + 2, self.size)
         q, k, v = groups.split([self.queries, 1, 1], 3)
         q, k, v = (t.reshape(length, batch, -1, self.size) for t in (q, k, v))
-        if self.causal:
+        if self.theta is not None:
             q, k = rotate(q, self.theta), rotate(k, self.theta)
         k, v = (t.repeat_interleave(self.queries, 2) for t in (k, v))
         q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.theta is not None)
         return self.linear_proj(out.permute(2, 0, 1, 3).reshape(length, batch, -1))  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
-    """Two linears with an activation between. A gated one has no biases; its linear_fc1 is [gate; up] of each rank's share."""
+    """Two linears with an activation between; without one it is SwiGLU: no biases, linear_fc1 is [gate; up] of each rank's share."""
 
     def __init__(
-        self,
-        grid: Grid,
-        inputs: int,
-        ffn: int,
-        outputs: int,
-        activation: Callable[[Tensor], Tensor],
-        *,
-        gated: bool = False,
+        self, grid: Grid, inputs: int, ffn: int, outputs: int, activation: Callable[..., Tensor] | None = None
     ) -> None:
         super().__init__()
-        pieces = 2 if gated else 1
-        self.linear_fc1 = ColumnParallel(grid, inputs, pieces * ffn, bias=not gated, pieces=pieces)
-        self.linear_fc2 = RowParallel(grid, ffn, outputs, bias=not gated)
-        self.activation, self.gated = activation, gated
+        pieces, bias = (1, True) if activation else (2, False)
+        self.linear_fc1 = Linear(grid, COLUMN, inputs, pieces * ffn, bias=bias, pieces=pieces)
+        self.linear_fc2 = Linear(grid, ROW, ffn, outputs, bias=bias)
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.linear_fc1(x)
-        if not self.gated:
-            return self.linear_fc2(self.activation(x))  # type: ignore[no-any-return]
-        gate, up = x.chunk(2, -1)
-        return self.linear_fc2(self.activation(gate) * up)  # type: ignore[no-any-return]
+        first, *gated = self.linear_fc1(x).chunk(1 if self.activation else 2, -1)
+        y = self.activation(first) if self.activation else F.silu(first) * gated[0]
+        return self.linear_fc2(y)  # type: ignore[no-any-return]
 
 
-def swiglu(grid: Grid) -> MLP:
-    m = grid.config.model
-    return MLP(grid, m.hidden, m.ffn, m.hidden, F.silu, gated=True)
-
-
-class Router(nn.Module):
-    """How much of each expert a token gets: softmax over the logits of its topk, zero for others."""
-
-    def __init__(self, grid: Grid) -> None:
-        super().__init__()
-        m = grid.config.model
-        self.weight, self.topk = weight(grid, (m.experts, m.hidden)), m.topk
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits = F.linear(x, self.weight)
-        best, which = logits.topk(self.topk, -1)
-        return torch.zeros_like(logits).scatter(-1, which, best.softmax(-1))
-
-
-class Experts(nn.Module):
-    """The experts of this rank, counted from `first`."""
-
-    def __init__(self, grid: Grid) -> None:
-        super().__init__()
-        held = grid.config.model.experts // grid.ep
-        self.first = grid.ep_rank * held
-        self.local_experts = nn.ModuleList(swiglu(grid) for _ in range(held))
-        for number, expert in enumerate(self.local_experts, self.first):
-            for _, w in named_weights(expert):
-                w.expert = number
-
-    def forward(self, x: Tensor, share: Tensor) -> Tensor:
-        total = torch.zeros_like(x)
-        for number, expert in enumerate(self.local_experts, self.first):
-            mine = share[:, number].detach().nonzero()[:, 0]
-            total = total.index_add(0, mine, expert(x[mine]) * share[mine, number, None])
-        return total
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
 
 
 class MixtureOfExperts(nn.Module):
@@ -140,24 +97,42 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, grid: Grid) -> None:
         super().__init__()
-        self.grid, self.router, self.experts = grid, Router(grid), Experts(grid)
+        self.grid, self.config = grid, grid.config.model
+        held = self.config.experts // grid.ep
+        self.router = nn.ParameterDict({"weight": weight(grid, (self.config.experts, self.config.hidden))})
+        local = nn.ModuleList(MLP(grid, self.config.hidden, self.config.ffn, self.config.hidden) for _ in range(held))
+        self.experts = nn.ModuleDict({"local_experts": local})
+        self.numbered = list(enumerate(local, grid.ep_rank * held))
+        for number, expert in self.numbered:
+            for _, w in named_weights(expert):
+                w.expert, w.spread = number, grid.ep > 1
 
     def forward(self, x: Tensor) -> Tensor:
+        """A token's share of its topk experts is the softmax over their logits, of others zero."""
         tokens = x.reshape(-1, x.shape[-1])
-        share = self.router(tokens)
-        out = self.experts(parallel.gather_tokens(tokens, self.grid), parallel.gather_tokens(share, self.grid))
-        return parallel.scatter_tokens(out, self.grid).view_as(x)
+        logits = F.linear(tokens, self.router["weight"])
+        best, which = logits.topk(self.config.topk, -1)
+        share = parallel.gather_tokens(torch.zeros_like(logits).scatter(-1, which, best.softmax(-1)), self.grid)
+        tokens = parallel.gather_tokens(tokens, self.grid)
+        total = torch.zeros_like(tokens)
+        for number, expert in self.numbered:
+            mine = share[:, number].detach().nonzero()[:, 0]
+            total = total.index_add(0, mine, expert(tokens[mine]) * share[mine, number, None])
+        return parallel.scatter_tokens(total, self.grid).view_as(x)
 
 
 class Layer(nn.Module):
     """Layer `number` of the whole model or tower."""
 
-    def __init__(
-        self, number: int, norms: tuple[Norm, Norm], attention: Attention, mlp: nn.Module, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, grid: Grid, c: Shape, number: int) -> None:
         super().__init__()
-        self.input_layernorm, self.self_attention, self.pre_mlp_layernorm, self.mlp = norms[0], attention, norms[1], mlp
-        self.dropout = dropout
+        self.input_layernorm = Norm(grid, c)
+        self.self_attention = Attention(grid, c)
+        self.pre_mlp_layernorm = Norm(grid, c)
+        mixed = not c.sees and grid.config.model.experts
+        sizes = (c.hidden, c.ffn, c.hidden)
+        self.mlp = MixtureOfExperts(grid) if mixed else MLP(grid, *sizes, quick_gelu if c.sees else None)
+        self.dropout = 0.0 if c.sees else grid.config.model.dropout
         for _, w in named_weights(self):
             w.layer = number
 
@@ -166,19 +141,13 @@ class Layer(nn.Module):
         return x + F.dropout(self.mlp(self.pre_mlp_layernorm(x)), self.dropout, self.training)
 
 
-def language_layer(grid: Grid, number: int) -> Layer:
-    m = grid.config.model
-    norms = Norm(grid, m.hidden, m.norm_eps), Norm(grid, m.hidden, m.norm_eps)
-    attention = Attention(grid, m.hidden, m.heads, m.kv_heads, causal=True, qkv_bias=m.qkv_bias, bias=False)
-    return Layer(number, norms, attention, MixtureOfExperts(grid) if m.experts else swiglu(grid), m.dropout)
-
-
 class Decoder(nn.Module):
     """Layers one after the other; Megatron calls those of a vision tower a decoder too."""
 
-    def __init__(self, layers: Iterable[Layer], norm: Norm | None = None) -> None:
+    def __init__(self, grid: Grid, c: Shape, numbers: range, *, norm: bool) -> None:
         super().__init__()
-        self.layers, self.final_layernorm = nn.ModuleList(layers), norm
+        self.layers = nn.ModuleList(Layer(grid, c, number) for number in numbers)
+        self.final_layernorm = Norm(grid, c) if norm else None
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -199,14 +168,13 @@ class Stage(nn.Module):
         self.grid, self.first, self.last = grid, number == 0, number == at.pp * at.vpp - 1
         if self.first:
             self.embedding = nn.ModuleDict({"word_embeddings": VocabParallelEmbedding(grid)})
-        layers = (language_layer(grid, n) for n in range(number * per, (number + 1) * per))
-        self.decoder = Decoder(layers, Norm(grid, m.hidden, m.norm_eps) if self.last else None)
+        self.decoder = Decoder(grid, m, range(number * per, (number + 1) * per), norm=self.last)
         if self.last:
-            self.output_layer = ColumnParallel(grid, m.hidden, m.vocab)
+            self.output_layer = Linear(grid, COLUMN, m.hidden, m.vocab)
+            for _, w in named_weights(self.output_layer):
+                w.shared = m.tied
             if m.tied and self.first:
                 self.output_layer.weight = None
-            elif self.output_layer.weight is not None:
-                self.output_layer.weight.shared = m.tied
 
     def embed(self, batch: Batch) -> Tensor:
         return self.embedding["word_embeddings"](batch["tokens"].t())  # type: ignore[no-any-return]
@@ -237,10 +205,15 @@ def without_numbers(name: str) -> str:
 
 
 @torch.no_grad()
-def initialize(module: nn.Module, grid: Grid, seed: int) -> None:
-    """Random starts that are a function of the seed and the parameter's name in the whole model, so of no layout."""
+def initialize(module: nn.Module, grid: Grid) -> None:
+    """Random starts that are a function of the seed and the parameter's name in the whole model, so of no layout; what is frozen is."""
+    t = grid.config.training
     for name, w in named_weights(module):
-        known_as = f"{seed}/{'shared' if w.shared else without_numbers(name)}/{w.layer}/{w.expert}"
-        dice = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(known_as.encode()).digest()[:7], "little"))
+        known_as = f"{t.seed}/{'shared' if w.shared else without_numbers(name)}/{w.layer}/{w.expert}"
+        dice = torch.Generator().manual_seed(random.Random(known_as).getrandbits(56))
         whole = torch.ones(w.whole) if w.init is None else torch.randn(w.whole, generator=dice) * w.init
-        w.copy_(w.part(whole, grid.tp_rank, grid.tp))
+        if w.cut is not None:
+            own = [piece.chunk(grid.tp, w.cut)[grid.tp_rank] for piece in whole.chunk(w.pieces, w.cut)]
+            whole = torch.cat(own, w.cut)
+        w.copy_(whole)
+        w.requires_grad_(not name.startswith(t.freeze))

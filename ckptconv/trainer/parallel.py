@@ -6,7 +6,6 @@ row-parallel layers hold columns and sum what the ranks made of their inputs. On
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from ckptconv.trainer.config import Config
 
 Group = dist.ProcessGroup
-Exchange = Callable[[Tensor, Group], Tensor]
 
 
 class Grid:
@@ -57,26 +55,16 @@ class Grid:
 
 
 class Weight(nn.Parameter):
-    """One rank's part of a parameter, with its place in the whole.
-
-    `whole` is the shape of the uncut parameter, cut along axis `cut` into tp parts; with `pieces` 2 it is two stacked matrices
-    (gate and up), each cut for itself. `init`: the deviation of its random start; 0 for zeros, None for ones.
-    `layer` and `expert` are counted over the whole model. `shared` is the embedding that is the output layer too.
-    """
+    """One rank's part of a parameter, with its place in the whole: cut along axis `cut` into tp parts, if it is cut at all."""
 
     whole: tuple[int, ...]
     cut: int | None
-    pieces: int
-    init: float | None
-    layer: int | None = None
+    pieces: int  # 2: two stacked matrices (gate and up), each cut for itself
+    init: float | None  # the deviation of its random start; 0 for zeros, None for ones
+    layer: int | None = None  # counted over the whole model, as is the expert
     expert: int | None = None
-    shared: bool = False
-
-    def part(self, whole: Tensor, rank: int, ranks: int) -> Tensor:
-        """What a rank holds of a whole tensor."""
-        if self.cut is None:
-            return whole
-        return torch.cat([half.chunk(ranks, self.cut)[rank] for half in whole.chunk(self.pieces, self.cut)], self.cut)
+    spread: bool = False  # an expert's that not every data-parallel rank has
+    shared: bool = False  # the embedding that is the output layer too
 
 
 def weight(
@@ -88,102 +76,77 @@ def weight(
     return made
 
 
-class _Pair(torch.autograd.Function):
-    """One exchange between ranks on the way forward, and the one that gradients need on the way back."""
+class _Sum(torch.autograd.Function):
+    """The sum over a group: of x on the way there, of its gradients on the way back, or both."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, there: Exchange, back: Exchange) -> Tensor:
-        ctx.back, ctx.group = back, group
-        return there(x, group)
+    def forward(ctx: Any, x: Tensor, group: Group, there: bool, back: bool) -> Tensor:
+        ctx.group, ctx.back = group, back
+        return _total(x, group) if there else x
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.back(grad, ctx.group), None, None, None
+        return _total(grad, ctx.group) if ctx.back else grad, None, None, None
 
 
-def _same(x: Tensor, group: Group) -> Tensor:
-    return x
-
-
-def _sum(x: Tensor, group: Group) -> Tensor:
+def _total(x: Tensor, group: Group) -> Tensor:
     total = x.contiguous().clone()
     dist.all_reduce(total, group=group)
     return total
 
 
-def _stack(x: Tensor, group: Group) -> Tensor:
-    parts = [torch.empty(x.shape, dtype=x.dtype) for _ in range(group.size())]
-    dist.all_gather(parts, x.contiguous(), group=group)
-    return torch.cat(parts)
-
-
-def _own_of_sum(x: Tensor, group: Group) -> Tensor:
-    return _sum(x, group).chunk(group.size())[group.rank()]
-
-
-def _pair(x: Tensor, group: Group, there: Exchange, back: Exchange) -> Tensor:
-    if group.size() == 1:
-        return x
-    return _Pair.apply(x, group, there, back)  # type: ignore[no-any-return, no-untyped-call]
+def _sum(x: Tensor, group: Group, *, there: bool, back: bool) -> Tensor:
+    return _Sum.apply(x, group, there, back) if group.size() > 1 else x  # type: ignore[no-untyped-call]
 
 
 def copy(x: Tensor, grid: Grid) -> Tensor:
     """Into a column-parallel layer: the same input on every rank, so its gradients add up."""
-    return _pair(x, grid.tensor, _same, _sum)
+    return _sum(x, grid.tensor, there=False, back=True)
 
 
 def reduce(x: Tensor, grid: Grid) -> Tensor:
     """Out of a row-parallel layer: outputs add up, and every rank gets the whole gradient."""
-    return _pair(x, grid.tensor, _sum, _same)
+    return _sum(x, grid.tensor, there=True, back=False)
 
 
 def gather_tokens(x: Tensor, grid: Grid) -> Tensor:
     """The tokens of all expert ranks, so that each can pick those its experts are to see."""
-    return _pair(x, grid.expert, _stack, _own_of_sum)
+    rows, own = torch.zeros_like(x), grid.ep_rank
+    return _sum(torch.cat([x if rank == own else rows for rank in range(grid.ep)]), grid.expert, there=True, back=True)
 
 
 def scatter_tokens(x: Tensor, grid: Grid) -> Tensor:
     """The way back: what all experts made of this rank's tokens."""
-    return _pair(x, grid.expert, _own_of_sum, _stack)
+    return _sum(x, grid.expert, there=True, back=True).chunk(grid.ep)[grid.ep_rank]  # type: ignore[no-any-return]
 
 
-class _Linear(nn.Module):
-    """What Megatron's linears have in common: each has an (empty) extra state, and so a key in the checkpoint."""
+COLUMN, ROW = 0, 1  # the axis of [outputs, inputs] that Megatron's column- and row-parallel linears cut
 
-    def __init__(self, grid: Grid, matrix: Weight, bias: Weight | None) -> None:
+
+class Linear(nn.Module):
+    """Column-parallel: every rank has its own outputs. Row-parallel: its own inputs; outputs are summed, then comes the whole bias.
+
+    A tied output layer has no weight and is given the embedding's. The (empty) extra state is Megatron's: a key in the checkpoint.
+    """
+
+    def __init__(self, grid: Grid, cut: int, inputs: int, outputs: int, *, bias: bool = False, pieces: int = 1) -> None:
         super().__init__()
-        self.grid, self.bias = grid, bias
-        self.weight: Weight | None = matrix
+        init = 0.02 if cut == COLUMN else 0.02 / (2 * grid.config.model.layers) ** 0.5
+        self.grid, self.cut = grid, cut
+        self.weight: Weight | None = weight(grid, (outputs, inputs), cut, pieces, init)
+        self.bias = weight(grid, (outputs,), 0 if cut == COLUMN else None, pieces, 0.0) if bias else None
+
+    def forward(self, x: Tensor, tied: Tensor | None = None) -> Tensor:
+        matrix = self.weight if tied is None else tied
+        assert matrix is not None
+        if self.cut == COLUMN:
+            return F.linear(copy(x, self.grid), matrix, self.bias)
+        y = reduce(F.linear(x, matrix), self.grid)
+        return y if self.bias is None else y + self.bias
 
     def get_extra_state(self) -> None: ...
 
     def set_extra_state(self, state: object) -> None: ...
-
-
-class ColumnParallel(_Linear):
-    """Rows of the weight are cut, and so are its outputs. A tied output layer has no rows and is given the embedding's."""
-
-    def __init__(self, grid: Grid, inputs: int, outputs: int, *, bias: bool = False, pieces: int = 1) -> None:
-        rows = weight(grid, (outputs, inputs), 0, pieces)
-        super().__init__(grid, rows, weight(grid, (outputs,), 0, pieces, init=0.0) if bias else None)
-
-    def forward(self, x: Tensor, tied: Tensor | None = None) -> Tensor:
-        rows = self.weight if tied is None else tied
-        assert rows is not None
-        return F.linear(copy(x, self.grid), rows, self.bias)
-
-
-class RowParallel(_Linear):
-    """Columns of the weight are cut, as its inputs are; the bias is whole and added once, after the sum."""
-
-    def __init__(self, grid: Grid, inputs: int, outputs: int, *, bias: bool = False) -> None:
-        columns = weight(grid, (outputs, inputs), 1, init=0.02 / (2 * grid.config.model.layers) ** 0.5)
-        super().__init__(grid, columns, weight(grid, (outputs,), init=0.0) if bias else None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert self.weight is not None
-        y = reduce(F.linear(x, self.weight), self.grid)
-        return y if self.bias is None else y + self.bias
 
 
 class VocabParallelEmbedding(nn.Module):

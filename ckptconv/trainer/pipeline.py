@@ -40,50 +40,44 @@ def order(stages: int, rank: int, batches: int, chunks: int) -> list[Op]:
 
 
 class Mail:
-    """Messages between stages. Sending never waits and every message has its own tag, so no order of work can deadlock.
+    """Messages between stages. Sending never waits and every message has its own tag, so no order of work can deadlock."""
 
-    The edge between stages s and s + 1 has the number s.
-    """
-
-    def __init__(self, grid: Grid, batches: int, shape: tuple[int, ...]) -> None:
-        self.grid, self.batches, self.shape = grid, batches, shape
+    def __init__(self, grid: Grid, batches: int) -> None:
+        self.grid, self.batches = grid, batches
         self.sent: list[tuple[dist.Work | None, Tensor]] = []  # a tensor has to live until it is sent
 
-    def _tag(self, edge: int, op: Op) -> int:
-        return (edge * self.batches + op.batch) * 2 + op.forward
+    def _tag(self, to: int, op: Op) -> int:
+        return (to * self.batches + op.batch) * 2 + op.forward
 
-    def send(self, x: Tensor, stage: int, edge: int, op: Op) -> None:
+    def send(self, x: Tensor, to: int, op: Op) -> None:
         x = x.contiguous()
-        self.sent.append((dist.isend(x, self.grid.peer(stage), tag=self._tag(edge, op)), x))
+        self.sent.append((dist.isend(x, self.grid.peer(to), tag=self._tag(to, op)), x))
 
-    def receive(self, stage: int, edge: int, op: Op) -> Tensor:
-        x = torch.empty(self.shape, dtype=self.grid.config.training.compute)
-        dist.recv(x, self.grid.peer(stage), tag=self._tag(edge, op))
+    def receive(self, source: int, to: int, op: Op) -> Tensor:
+        m, t = self.grid.config.model, self.grid.config.training
+        x = torch.empty(self.grid.config.positions, t.micro_batch, m.hidden, dtype=t.compute)
+        dist.recv(x, self.grid.peer(source), tag=self._tag(to, op))
         return x
 
     def close(self) -> None:
         for work, _ in self.sent:
-            assert work is not None
-            work.wait()
+            work.wait()  # type: ignore[union-attr]
 
 
 def run(chunks: Sequence[nn.Module], grid: Grid, batches: Sequence[Batch]) -> Tensor:
-    """One pass over all micro-batches, gradients added up in the parameters; the mean loss, or zero away from the last stage.
-
-    A stage whose parameters are all frozen still passes gradients back.
-    """
-    count, last, config = len(batches), grid.pp * len(chunks) - 1, grid.config
-    mail = Mail(grid, count, (config.positions, config.training.micro_batch, config.model.hidden))
+    """One pass over all micro-batches, gradients added up; the mean loss, or zero away from the last stage."""
+    count, last = len(batches), grid.pp * len(chunks) - 1
+    mail = Mail(grid, count)
     waiting: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
     total = torch.zeros((), dtype=torch.float64)
     for op in order(grid.pp, grid.pp_rank, count, len(chunks)):
         stage = op.chunk * grid.pp + grid.pp_rank
         if op.forward:
-            x = mail.receive(stage - 1, stage - 1, op).requires_grad_() if stage else None
+            x = mail.receive(stage - 1, stage, op).requires_grad_() if stage else None
             y = chunks[op.chunk](x, batches[op.batch])
             waiting[op.batch, op.chunk] = x, y
             if stage < last:
-                mail.send(y.detach(), stage + 1, stage, op)
+                mail.send(y.detach(), stage + 1, op)
             else:
                 total += y.detach() / count
         else:
@@ -91,8 +85,8 @@ def run(chunks: Sequence[nn.Module], grid: Grid, batches: Sequence[Batch]) -> Te
             grad = mail.receive(stage + 1, stage, op) if stage < last else torch.full_like(y, 1 / count)
             if y.requires_grad:
                 torch.autograd.backward(y, grad)
-            if x is not None:
+            if x is not None:  # also where all parameters are frozen
                 assert x.grad is not None
-                mail.send(x.grad, stage - 1, stage - 1, op)
+                mail.send(x.grad, stage - 1, op)
     mail.close()
     return total

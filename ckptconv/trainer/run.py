@@ -16,10 +16,10 @@ from ckptconv.trainer import checkpoint, data, pipeline
 from ckptconv.trainer.config import Config
 from ckptconv.trainer.model import Stage, initialize, named_weights
 from ckptconv.trainer.optimizer import Optimizer, Scheduler
-from ckptconv.trainer.parallel import Grid
+from ckptconv.trainer.parallel import Grid, Weight
 from ckptconv.trainer.vlm import VisionLanguageStage
 
-Report = Callable[[int, float, float], None]
+Tell = Callable[[str], object]
 
 
 @dataclass
@@ -35,20 +35,20 @@ class Run:
     """The state of training, everything of which is in a checkpoint: parameters, optimizer, scheduler, position, RNG."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.grid = config, Grid(config)
-        at, t = config.layout, config.training
-        self.chunks = [build(self.grid, c * at.pp + self.grid.pp_rank) for c in range(at.vpp)]
+        self.config, self.grid, at, t = config, Grid(config), config.layout, config.training
+        stages = [c * at.pp + self.grid.pp_rank for c in range(at.vpp)]
+        kind = VisionLanguageStage if config.vision else Stage
+        self.chunks: list[nn.Module] = [kind(self.grid, number) for number in stages]
+        for chunk in self.chunks:
+            initialize(chunk, self.grid)
         self.optimizer = Optimizer(self.grid, self.chunks)
         self.scheduler = Scheduler(t, self.optimizer)
         self.iteration = self.samples = 0
-        self._seed(t.seed + 100 * self.grid.pp_rank)
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(t.seed + 100 * self.grid.pp_rank)  # ranks of one stage must drop the same activations
 
-    @staticmethod
-    def _seed(seed: int) -> None:
-        """Ranks of one stage draw alike, as they must: they drop the same activations."""
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
+    def weights(self) -> list[tuple[str, Weight]]:
+        return [pair for chunk in self.chunks for pair in named_weights(chunk)]
 
     def step(self) -> tuple[float, float]:
         """One global batch; the loss and the gradient's norm, the same on all ranks."""
@@ -65,28 +65,10 @@ class Run:
         return loss.item() / (grid.dp * grid.tp), norm
 
 
-def build(grid: Grid, number: int) -> nn.Module:
-    """Virtual stage `number`, started from the seed, with what is frozen frozen."""
-    vision, t = grid.config.vision, grid.config.training
-    stage = VisionLanguageStage(grid, vision, number) if vision else Stage(grid, number)
-    initialize(stage, grid, t.seed)
-    for name, w in named_weights(stage):
-        w.requires_grad_(not name.startswith(t.freeze))
-    return stage
-
-
 def train(
-    config: Config,
-    load: Path | None = None,
-    save: Path | None = None,
-    *,
-    fresh: bool = False,
-    report: Report | None = None,
+    config: Config, load: Path | None = None, save: Path | None = None, *, fresh: bool = False, tell: Tell | None = None
 ) -> History:
-    """Trains up to step `config.training.steps`, from the start or from a checkpoint, and saves at the end.
-
-    `fresh` takes only the parameters of the checkpoint: a new stage of training begins. `report` is told of every step.
-    """
+    """Trains up to the last step, from the start or a checkpoint, and saves; `fresh` takes only its parameters, for a new stage."""
     run = Run(config)
     if load is not None:
         checkpoint.load(run, load, weights_only=fresh)
@@ -95,8 +77,8 @@ def train(
         loss, norm = run.step()
         history.losses.append(loss)
         history.norms.append(norm)
-        if report is not None:
-            report(run.iteration, loss, norm)
+        if tell and dist.get_rank() == 0:
+            tell(f"step {run.iteration:4d}  loss {loss:.6f}  norm {norm:.6f}")
     if save is not None:
         checkpoint.save(run, save)
     run.grid.close()

@@ -6,9 +6,9 @@ other, each uncut. What is no tensor is in common.pt, from rank 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.distributed as dist
@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from ckptconv.trainer.buffers import Slots
-from ckptconv.trainer.model import named_weights, without_numbers
-from ckptconv.trainer.optimizer import Member, speaks_for
+from ckptconv.trainer.model import without_numbers
+from ckptconv.trainer.optimizer import Member, Slots, speaks_for
 from ckptconv.trainer.parallel import Weight
 
 if TYPE_CHECKING:
@@ -30,60 +29,36 @@ if TYPE_CHECKING:
 METADATA = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}'
 
 
-class Blocks:
-    """This rank's blocks of a whole tensor, by where they begin; DCP's default planners ask for them by these methods."""
+class Blocks(Tensor):
+    """This rank's blocks of a whole tensor that is nowhere, by where they begin; DCP asks for them by these methods."""
 
-    def __init__(self, whole: tuple[int, ...]) -> None:
-        self.whole = torch.Size(whole)
-        self.held: dict[torch.Size, Tensor] = {}
+    held: dict[torch.Size | None, Tensor]
 
-    def at(self, index: MetadataIndex) -> Tensor:
-        assert index.offset is not None
-        return self.held[index.offset]
-
-    def size(self) -> torch.Size:
-        return self.whole
+    def __new__(cls, whole: tuple[int, ...]) -> Self:
+        made = torch.empty(1).expand(whole).as_subclass(cls)
+        made.held = {}
+        return made
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(offset, block.shape) for offset, block in self.held.items()]
+        return [ChunkStorageMetadata(torch.Size(offset or ()), block.shape) for offset, block in self.held.items()]
 
     def __create_write_items__(self, key: str, _: object) -> list[WriteItem]:
-        return [
-            WriteItem(
-                MetadataIndex(key, chunk.offsets),
-                WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk, TensorProperties.create_from_tensor(block), self.whole),
-            )
-            for chunk, block in zip(self.__create_chunk_list__(), self.held.values(), strict=True)
-        ]
+        kind, properties = WriteItemType.SHARD, TensorProperties(next(iter(self.held.values())).dtype)
+        data = [TensorWriteData(chunk, properties, self.shape) for chunk in self.__create_chunk_list__()]
+        return [WriteItem(MetadataIndex(key, d.chunk.offsets), kind, tensor_data=d) for d in data]
 
-
-class _Save(DefaultSavePlanner):
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        found = self.state_dict[index.fqn]
-        return found.at(index) if isinstance(found, Blocks) else found
-
-
-class _Load(DefaultLoadPlanner):
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        self.state_dict, self.metadata = (
-            state_dict,
-            metadata,
-        )  # the default would leave out what is no tensor of torch's own
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].at(index)  # type: ignore[no-any-return]
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        return self.held[index.offset]
 
 
 def save(run: Run, place: Path, common: dict[str, Any]) -> None:
     t, members = run.config.training, run.optimizer.members
     slots = {w: found for member in members for w, found in member.views(member.gathered()).items()}
-    mine = [(name, w) for name, w in _weights(run) if speaks_for(w, run.grid)]
+    mine = [(name, w) for name, w in run.weights() if speaks_for(w, run.grid)]
     filed = _blocks(run, [(name, w, w.detach().to(t.stored)) for name, w in mine], slots)
     filed |= dict(_extra_states(run, mine)) | {_rng_key(run): common.pop("rng_state")}
-    state_dict_saver.save(filed, storage_writer=FileSystemWriter(place), planner=_Save(flatten_state_dict=False))
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    state_dict_saver.save(filed, storage_writer=FileSystemWriter(place), planner=planner)
     if dist.get_rank() == 0:
         states = dict(enumerate(_state(run, m) for m in members))
         common["optimizer"] = states[0] if len(states) == 1 else states
@@ -98,19 +73,27 @@ def load(run: Run, place: Path, weights_only: bool) -> dict[str, Any]:
     """Fills the model and, unless `weights_only`, the optimizer; what else was saved, with the RNG state if it fits this layout."""
     common: dict[str, Any] = torch.load(place / "common.pt", weights_only=False)
     reader, members = FileSystemReader(place), () if weights_only else run.optimizer.members
-    flats = [[{slot: b.blank() for slot in _kept_slots(run).values()} for b in m.buffers] for m in members]
+    flats = [m.blank(_kept_slots(run).values()) for m in members]
     slots = {w: found for m, f in zip(members, flats, strict=True) for w, found in m.views(f).items()}
-    wanted = _blocks(run, [(name, w, w.detach()) for name, w in _weights(run)], slots)
+    wanted = _blocks(run, [(name, w, w.detach()) for name, w in run.weights()], slots)
     wanted |= dict.fromkeys({_rng_key(run)} & reader.read_metadata().state_dict_metadata.keys())
-    state_dict_loader.load(wanted, storage_reader=reader, planner=_Load(flatten_state_dict=False))
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    state_dict_loader.load(wanted, storage_reader=reader, planner=planner)
     for member, flat in zip(members, flats, strict=True):
-        member.restore(flat, [_steps(common)])
-    return common | {"rng_state": wanted.get(_rng_key(run), [])}
+        member.restore(flat, _steps(common["optimizer"]))
+    return common | {"rng_state": wanted.get(_rng_key(run))}
 
 
-def _weights(run: Run) -> Iterator[tuple[str, Weight]]:
-    for chunk in run.chunks:
-        yield from named_weights(chunk)
+def _steps(state: dict[Any, Any]) -> list[float]:
+    """The counts of updates that were filed, which need not be by as many members as this layout has."""
+    if 0 in state:
+        return [step for member in state.values() for step in _steps(member)]
+    inner = state.get("optimizer", state)
+    return (
+        [float(inner["state"]["common_step"])]
+        if "state" in inner
+        else [float(g["step"]) for g in inner["param_groups"]]
+    )
 
 
 def _kept_slots(run: Run) -> dict[str, str]:
@@ -159,17 +142,17 @@ def _extra_states(run: Run, mine: list[tuple[str, Weight]]) -> Iterator[tuple[st
         owner = name.removesuffix(".weight")
         if owner != name and owner.split(".")[-1].startswith("linear_") and run.grid.tp_rank == 0:
             key, counts, numbers = _place(run, owner, w)
-            shard = ".".join(map(str, numbers or (0,))) + "_" + ".".join(map(str, counts or (1,)))
-            yield f"{key}._extra_state/shard_{shard}", [None]
+            yield f"{key}._extra_state/{_shard(numbers or (0,), counts or (1,))}", [None]
 
 
 def _rng_key(run: Run) -> str:
     """One object per stage and tensor rank; with expert ranks, per data-parallel rank too. Equal ones are written once by DCP."""
-    g = run.grid
-    at, of = [g.pp_rank, g.tp_rank], [g.pp, g.tp]
-    if g.ep > 1:
-        at, of = [*at, g.dp_rank], [*of, g.dp]
-    return f"rng_state/shard_{'.'.join(map(str, at))}_{'.'.join(map(str, of))}"
+    g, axes = run.grid, 2 if run.grid.ep == 1 else 3
+    return f"rng_state/{_shard((g.pp_rank, g.tp_rank, g.dp_rank)[:axes], (g.pp, g.tp, g.dp)[:axes])}"
+
+
+def _shard(numbers: Sequence[int], counts: Sequence[int]) -> str:
+    return f"shard_{'.'.join(map(str, numbers))}_{'.'.join(map(str, counts))}"
 
 
 def _state(run: Run, member: Member) -> dict[str, Any]:
@@ -179,10 +162,3 @@ def _state(run: Run, member: Member) -> dict[str, Any]:
         return {"optimizer": {"param_groups": groups}, "param_state_sharding_type": "fully_reshardable"}
     state = {"state": {"common_step": torch.tensor(float(member.steps))}, "param_groups": groups}
     return {"optimizer": state} if run.config.training.precision == "bf16" else state
-
-
-def _steps(common: dict[str, Any]) -> int:
-    state = common["optimizer"]
-    state = state.get(0, state)
-    state = state.get("optimizer", state)
-    return int(state["state"]["common_step"] if "state" in state else state["param_groups"][0]["step"])

@@ -10,19 +10,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from ckptconv.trainer.config import VisionConfig
-from ckptconv.trainer.model import MLP, Attention, Batch, Decoder, Layer, Norm, Stage
+from ckptconv.trainer.model import MLP, Batch, Decoder, Norm, Stage
 from ckptconv.trainer.parallel import Grid, weight
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-def vision_layer(grid: Grid, v: VisionConfig, number: int) -> Layer:
-    """It looks both ways, and has a bias everywhere."""
-    norms = Norm(grid, v.hidden, v.norm_eps, bias=True), Norm(grid, v.hidden, v.norm_eps, bias=True)
-    attention = Attention(grid, v.hidden, v.heads, v.heads, causal=False, qkv_bias=True, bias=True)
-    return Layer(number, norms, attention, MLP(grid, v.hidden, v.ffn, v.hidden, quick_gelu))
 
 
 class VisionModel(nn.Module):
@@ -31,10 +20,10 @@ class VisionModel(nn.Module):
     def __init__(self, grid: Grid, v: VisionConfig) -> None:
         super().__init__()
         self.class_token = weight(grid, (1, 1, v.hidden))
-        self.ln_pre = Norm(grid, v.hidden, v.norm_eps, bias=True)
+        self.ln_pre = Norm(grid, v)
         self.conv1 = nn.ParameterDict({"weight": weight(grid, (v.hidden, 3, v.patch, v.patch))})
         self.position_embeddings = nn.ParameterDict({"weight": weight(grid, (v.patches + 1, v.hidden))})
-        self.decoder = Decoder(vision_layer(grid, v, number) for number in range(v.layers))
+        self.decoder = Decoder(grid, v, range(v.layers), norm=False)
 
     def forward(self, images: Tensor) -> Tensor:
         kernel = self.conv1["weight"]
@@ -47,11 +36,12 @@ class VisionModel(nn.Module):
 class VisionLanguageStage(nn.Module):
     """A stage of the language model; the first one sees."""
 
-    def __init__(self, grid: Grid, v: VisionConfig, number: int) -> None:
+    def __init__(self, grid: Grid, number: int) -> None:
         super().__init__()
+        v, h = grid.config.vision, grid.config.model.hidden
+        assert v is not None
         self.language_model = Stage(grid, number)
         if number == 0:
-            h = grid.config.model.hidden
             self.vision_model = VisionModel(grid, v)
             self.vision_projection = nn.ModuleDict({"encoder": MLP(grid, v.hidden, h, h, F.gelu)})
 

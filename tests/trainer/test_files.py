@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from ckptconv.trainer.buffers import layout
 from ckptconv.trainer.config import Config, ModelConfig
 from ckptconv.trainer.launch import launch
+from ckptconv.trainer.optimizer import layout
 from ckptconv.trainer.parallel import weight
 from ckptconv.trainer.run import train
 from tests.judge.patches import prepare

@@ -3,11 +3,13 @@
 `bench.py [--gb 4] [--rounds 5] [--cache warm|cold|both] [--folder /tmp] [CASE ...]`. Every run is a fresh process; a copy
 counts as done when each of its files is fsynced. Cold: the source is dropped from the page cache before each run. Needs
 four times the disk space of the source, and fills the machine's memory with page cache, which can take minutes.
+"disk / result" is the most that lay on disk beside the source at any moment.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -71,6 +73,7 @@ class Case(NamedTuple):
     dtype: str = "keep"
     warm: float = 1.10
     cold: float = 1.00
+    wishes: dict[str, Any] | None = None  # what else the job is told
 
 
 CASES = {
@@ -83,6 +86,9 @@ CASES = {
     "hf to torch_dist": Case("hf", "mcore-dist", {}),
     "torch_dist to tp2 pp2": Case("torch_dist", "mcore", {"tp": 2, "pp": 2}),
     "torch_dist to hf": Case("torch_dist", "hf", {}),
+    "hf to nemo": Case("hf", "nemo", {}),
+    "nemo to hf": Case("nemo", "hf", {}, wishes={"family": "llama", "saver_options": {"config_from_args": True}}),
+    "nemo to tp2 pp2": Case("nemo", "nemo", {"tp": 2, "pp": 2}),
     "64 KB tensors, hf to hf": Case("small", "hf", {}, warm=1.80, cold=1.80),
     "64 KB tensors, hf to ep2": Case("small", "mcore", {"ep": 2}, warm=1.80, cold=1.80),
 }
@@ -92,6 +98,7 @@ CASES = {
 MADE: dict[str, dict[str, Any]] = {
     "mcore": {"saver": "mcore", "tp": 2, "pp": 2},
     "torch_dist": {"saver": "mcore-dist"},
+    "nemo": {"saver": "nemo"},  # one file, torch_dist inside
 }
 
 
@@ -146,14 +153,31 @@ def write_checkpoint(kind: str, folder: Path, wanted: int) -> None:
         shutil.rmtree(whole)
     else:
         write_hf(folder, SMALL if kind == "small" else LARGE, wanted)
-    (folder / "ckptconv.json").unlink()
+    manifest_of(folder).unlink()
     os.sync()
+
+
+def manifest_of(path: Path) -> Path:
+    return path / "ckptconv.json" if path.is_dir() else path.with_name(f"{path.name}.ckptconv.json")
+
+
+def files_in(path: Path) -> list[Path]:
+    """Those of a checkpoint, which may be one file."""
+    return [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+        manifest_of(path).unlink(missing_ok=True)
 
 
 def copied(source: Path, dst: Path) -> float:
     started = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(dst)], check=True)
-    for path in dst.rglob("*"):
+    for path in [dst, *dst.rglob("*")]:
         fd = os.open(path, os.O_RDONLY)
         os.fsync(fd)
         os.close(fd)
@@ -161,45 +185,62 @@ def copied(source: Path, dst: Path) -> float:
 
 
 class Measured(NamedTuple):
-    """Seconds without and with the interpreter's start; bytes."""
+    """Seconds without and with the interpreter's start; bytes of memory, and of disk at any moment beside the source."""
 
     seconds: float
     process: float
     peak: int
+    disk: int
 
 
 def converted(case: str, source: Path, dst: Path, memory: int) -> Measured:
     started = time.perf_counter()
     command = [sys.executable, __file__, "--child", case, str(source), str(dst), str(memory)]
     usual = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=usual)
-    seconds, peak = json.loads(done.stdout)
-    return Measured(seconds, time.perf_counter() - started, peak)
+    before = used(dst.parent)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=usual) as running:
+        disk = 0
+        while running.returncode is None:
+            disk = max(disk, used(dst.parent) - before)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running.wait(0.2)
+        process = time.perf_counter() - started
+        assert running.stdout is not None
+        assert running.returncode == 0
+        seconds, peak = json.loads(running.stdout.read())
+    return Measured(seconds, process, peak, max(disk, used(dst.parent) - before))
+
+
+def used(folder: Path) -> int:
+    """Bytes that a folder takes on disk; what is being renamed or removed counts once."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.lstat().st_blocks * 512
+    return total
 
 
 def child(name: str, source: str, dst: str, memory: str) -> None:
     """Plan and execute, timed without the interpreter's start."""
     started = time.perf_counter()
     case = CASES[name]
-    job = Job(Path(source), saver=case.saver, layout=layout_from(case.layout), dtype=case.dtype)
+    job = Job(Path(source), saver=case.saver, layout=layout_from(case.layout), dtype=case.dtype, **(case.wishes or {}))
     report = execute(prepare(job).plan, Path(dst), ExecuteOptions(memory=int(memory)))
     sys.stdout.write(json.dumps([time.perf_counter() - started, report.peak_memory]))
 
 
 def drop(folder: Path) -> None:
     """Out of the page cache."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            fd = os.open(path, os.O_RDONLY)
-            os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(fd)
+    for path in files_in(folder):
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
 
 
 def warm(folder: Path) -> None:
     """Into the page cache."""
-    files = [p for p in folder.rglob("*") if p.is_file()]
-    subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(["cat", *files_in(folder)], stdout=subprocess.DEVNULL, check=True)
 
 
 def fill(folder: Path) -> None:
@@ -233,13 +274,15 @@ def measure(name: str, source: Path, dst: Path, cold: bool, options: argparse.Na
                 copies.append(copied(source, dst))
             else:
                 found.append(converted(name, source, dst, options.memory * 10**6))
-            shutil.rmtree(dst)
+            size = sum(p.stat().st_size for p in files_in(dst))
+            remove(dst)
             os.sync()
     base, took = statistics.median(copies), statistics.median(m.seconds for m in found)
     whole, peak = statistics.median(m.process for m in found), max(m.peak for m in found)
-    size = sum(p.stat().st_size for p in source.rglob("*") if p.is_file())
-    say("cold" if cold else "warm", name, f"{size / 1e9:.2f}", f"{base:.2f}", f"{took:.2f}", f"{took / base:.2f}",
-        f"{CASES[name].cold if cold else CASES[name].warm:.2f}", f"{whole / base:.2f}", f"{peak / 1e6:.0f}")  # fmt: skip
+    read, disk = sum(p.stat().st_size for p in files_in(source)), max(m.disk for m in found)
+    say("cold" if cold else "warm", name, f"{read / 1e9:.2f}", f"{base:.2f}", f"{took:.2f}", f"{took / base:.2f}",
+        f"{CASES[name].cold if cold else CASES[name].warm:.2f}", f"{whole / base:.2f}", f"{peak / 1e6:.0f}",
+        f"{disk / size:.2f}")  # fmt: skip
 
 
 def say(*cells: str) -> None:
@@ -256,8 +299,19 @@ def main() -> None:
     parser.add_argument("--cache", choices=("warm", "cold", "both"), default="both")
     parser.add_argument("--folder", default=None)
     options = parser.parse_args()
-    say("cache", "case", "GB", "cp -r, s", "s, durable", "times cp", "at most", "with start-up", "peak MB")
-    say(*["---"] * 9)
+    say(
+        "cache",
+        "case",
+        "GB",
+        "cp -r, s",
+        "s, durable",
+        "times cp",
+        "at most",
+        "with start-up",
+        "peak MB",
+        "disk / result",
+    )
+    say(*["---"] * 10)
     for kind in dict.fromkeys(case.source for case in CASES.values()):
         names = [n for n, c in CASES.items() if c.source == kind and n in (options.cases or CASES)]
         if not names:

@@ -17,12 +17,14 @@ from ckptconv.testing.models import make_hf, make_tower
 
 DOCS = Path(__file__).parents[2] / "docs"
 BLOCK = re.compile(r"<!-- file: (\S+) -->\n+```\w*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-# folders that documents may use, beside clip/ and run/; the last two have heads and experts as those they are named after
+# Folders that documents may use, beside clip/ and run/. vicuna/ has a tokenizer, of 384 pieces; the last two have heads and experts
+# as those they are named after.
 BIG = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 4, "num_hidden_layers": 32}
 MODELS: dict[str, tuple[str, dict[str, int]]] = {
     "llama": ("llama", {}),
     "mixtral": ("mixtral", {}),
     "qwen": ("qwen3", {}),
+    "vicuna": ("llama", {"vocab_size": 400}),
     "Llama-3.1-8B": ("llama3", BIG),
     "Mixtral-8x7B": ("mixtral", {**BIG, "num_hidden_layers": 4, "num_local_experts": 8}),
 }
@@ -90,6 +92,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("models")
     for folder, (kind, config) in MODELS.items():
         make_hf(place / folder, kind, dtype="bfloat16", **config)
+    shutil.copy(GOLDEN / "nemo" / "tokenizers" / "input.model", place / "vicuna" / "tokenizer.model")
     make_tower(place / "clip", "CLIPVisionModel", num_attention_heads=16)  # as many as Megatron's have
     return place
 

@@ -85,8 +85,8 @@ def test_buckets_are_cut_where_communication_overlaps(args: dict[str, object], p
     [
         ({}, None),
         ({"overlap_grad_reduce": True, "ddp_bucket_size": 1}, 1),
-        ({"overlap_grad_reduce": True, "ddp_bucket_size": 7700}, 7700),
-        ({"overlap_grad_reduce": True, "data_parallel_size": 64}, 10_000),  # 64 in the source, 1 in what is written
+        ({"overlap_grad_reduce": True, "ddp_bucket_size": 9000}, 9000),
+        ({"overlap_grad_reduce": True, "data_parallel_size": 64}, 7000),  # 64 in the source, 1 in what is written
     ],
     ids=["one", "each", "some", "by the number of replicas"],
 )
@@ -99,7 +99,7 @@ def test_written_buffers_are_those_of_the_args_beside_them(
 ) -> None:
     """Of a model whose sizes are no multiples of the alignment: as Megatron-Core lays them out, and as we read them."""
     monkeypatch.setattr(f"{buffers.__module__}.SMALLEST_BUCKET", 1)
-    monkeypatch.setattr(f"{buffers.__module__}.BUCKET_PER_REPLICA", 10_000)
+    monkeypatch.setattr(f"{buffers.__module__}.BUCKET_PER_REPLICA", 7000)
     wishes: Any = {"vocab_divisor": 1, "saver_options": {"distributed_optimizer": True, "transformer_impl": "local"}}
     source = hf("llama", hidden_size=60, head_dim=16)
     out = in_training(source, args, tmp_path / "out", saver="mcore", **wishes)

@@ -41,7 +41,7 @@ class MmProjector(ReadOnly):
         if not _is_projector(tensors):
             found = ", ".join(sorted(tensors)[:4]) or "nothing"
             raise FormatError(path, f"no projector: expected model.{TAIL}0.weight and .2.weight, found {found}")
-        config = _config(tensors)
+        config = _config(tensors, path)
         ranks = {Rank(): {Key(name): tensor for name, tensor in tensors.items()}}
         mapping, variant = detect([chosen("mm-projector", request.mappings)], config, even(0), ranks)
         return Stored(self.name, mapping, variant, even(0), config, ranks, {Rank(): str(path)})
@@ -52,9 +52,12 @@ def _is_projector(tensors: dict[str, Tensor]) -> bool:
     return bool(tensors) and ends <= {"0.weight", "0.bias", "2.weight", "2.bias", "weight", "bias"}
 
 
-def _config(tensors: dict[str, Tensor]) -> ModelConfig:
+def _config(tensors: dict[str, Tensor], path: Path) -> ModelConfig:
     """Everything about it can be measured but its activation, which is LLaVA's."""
     shapes = {name.rpartition(TAIL)[2]: tensor.shape for name, tensor in tensors.items()}
+    for name, shape in shapes.items():
+        if name.endswith("weight") and len(shape) != 2:
+            raise FormatError(path, f"{TAIL}{name} has shape {shape}, expected two axes")
     first, last = (shapes.get(name, (0, 0)) for name in ("0.weight", "2.weight"))
     if "weight" in shapes:
         hidden, inputs = shapes["weight"]

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ckptconv.containers import json_file, safetensors, torch_file
-from ckptconv.containers.folder import inside as inside  # for those who look for it here
+from ckptconv.containers.folder import inside
 from ckptconv.errors import CoverageError, FormatError
 from ckptconv.source import Source, whole
 from ckptconv.tensor import Tensor

@@ -193,8 +193,9 @@ def write(config: ModelConfig, base: Table | None, mapping: Mapping, one: Write)
                 put(out, key, getattr(projector, field))
     if base is None or TIED in out:
         out[TIED] = config.tied
-    for key in ["torch_dtype"] if base is None else [key for key in DTYPES if key in out]:
-        out[key] = config.dtype.torch if config.dtype else out[key]
+    if config.dtype is not None:
+        for key in ["torch_dtype"] if base is None else [key for key in DTYPES if key in out]:
+            out[key] = config.dtype.torch
     return out
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from ckptconv.config import Rope
 from ckptconv.containers import json_file
+from ckptconv.containers.folder import inside
 from ckptconv.dtypes import BY_TORCH, DType
 from ckptconv.errors import ConfigError, FormatError
-from ckptconv.huggingface.files import inside, side_files
+from ckptconv.huggingface.files import side_files
 from ckptconv.megatron.args_read import UNSUPPORTED, Statement, model_fields, refuse_unsupported
 from ckptconv.nemo import io_json, tokenizer_files, yaml_file
 from ckptconv.nemo.io_json import TARGET, Table

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckptconv.containers.folder import inside
 from ckptconv.errors import FormatError
-from ckptconv.huggingface.files import folder_of, inside
+from ckptconv.huggingface.files import folder_of
 from ckptconv.tokenizer import hf_json
 from ckptconv.tokenizer.hf_json import AddedTable, JsonFile, TokenizerJson
 from ckptconv.tokenizer.pieces import Pieces, read_pieces

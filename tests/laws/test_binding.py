@@ -67,7 +67,7 @@ def stored(checkpoint: Checkpoint, mapping: str, variant: frozenset[str], topolo
 
 def refused(mapping: str, shape: str, topology: str) -> bool:
     """What a dialect has no place for, or cannot cut."""
-    if mapping == "mcore-dist-stacked":
+    if mapping in ("mcore-dist-stacked", "mcore-dist-vlm-stacked"):
         return shape == "mixed"
     if mapping in ("megatron-legacy", "nemo-legacy"):
         return shape in ("moe", "mixed", "qk_norm") or topology == "tp8"

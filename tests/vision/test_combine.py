@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -328,3 +329,14 @@ def test_tower_that_a_llava_of_its_authors_lacks_is_put_in(parts: Path, tmp_path
     made = write(prepare_swap(job, Job(tower), "vision", kind="llava"), tmp_path / "vlm")
     same(load_file(parts / "llava" / WEIGHTS), load_file(made / WEIGHTS))
     assert np.array_equal(whole_logits(made, "Llava"), whole_logits(parts / "llava", "Llava"))
+
+
+def test_a_model_that_states_no_dtype_states_none_when_joined(parts: Path, tmp_path: Path) -> None:
+    source = tmp_path / "lm"
+    shutil.copytree(parts / "lm", source)
+    table = config_json(source)
+    (source / "config.json").write_text(
+        json.dumps({k: v for k, v in table.items() if k not in ("dtype", "torch_dtype")})
+    )
+    made = prepare_combine(to_mcore(source), Job(parts / "clip"), kind="llava", init_projector=NORMAL)
+    assert "torch_dtype" not in config_json(write(made, tmp_path / "vlm") / "hf")

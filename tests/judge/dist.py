@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from tests.judge.fill import RankTensors, states
 from tests.judge.judge import agreed, iteration_folder, load, named, rank_folder
 from tests.judge.models import Logits, build, logits
+from tests.judge.patches import know_classes
 from tests.judge.ranks import Layout, run_ranks
 from tests.judge.spec import spec_from_args, spec_from_hf
 
@@ -67,9 +66,7 @@ def read_common(saved: Path) -> State:
     """
     from megatron.core import dist_checkpointing
 
-    with suppress(ImportError):  # 0.12 has none
-        # as on import: torch's `safe_globals(...)` of other tests takes its classes away when it ends
-        import_module("megatron.core.safe_globals").register_safe_globals()
+    know_classes()
     common: State = dist_checkpointing.load_common_state_dict(str(saved))
     assert common["checkpoint_version"] == 3.0
     assert saved.name in ("release", f"iter_{common['iteration']:07d}")

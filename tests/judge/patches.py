@@ -27,6 +27,12 @@ def prepare() -> None:
         _replace_megatron_calls()
 
 
+def know_classes() -> None:
+    """Megatron-Core's safe classes are torch's too, as on import: `safe_globals(...)` of another test takes them away when it ends."""
+    with contextlib.suppress(ImportError):  # 0.12 has none
+        importlib.import_module("megatron.core.safe_globals").register_safe_globals()
+
+
 class _Stream:
     """Stands in for torch.cuda.Stream; a class, since transformers annotates with it."""
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from tests.judge.patches import prepare
+from tests.judge.patches import know_classes, prepare
 
 T = TypeVar("T")
 TIMEOUT = 120.0
@@ -56,6 +56,7 @@ class Layout:
 def run_ranks(layout: Layout, job: Callable[[], T]) -> list[T]:
     """`job()` of every rank, in order; results must pickle. A failing or dying rank ends all of them with its traceback."""
     prepare()
+    know_classes()
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -55,6 +55,7 @@ goldens: $(VENV)/.stamp
 	$(BIN)/python tools/run_goldens.py $(GOLDENS)/mcore || status=1; \
 	$(BIN)/python tools/golden_nemo.py $(GOLDENS)/nemo || status=1; \
 	$(BIN)/python tools/golden_vlm.py $(GOLDENS)/vlm || status=1; \
+	$(BIN)/python tools/golden_optim.py $(GOLDENS) || status=1; \
 	exit $$status
 
 clean:

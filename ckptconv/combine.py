@@ -13,7 +13,7 @@ from ckptconv.dtypes import FP32
 from ckptconv.errors import ConfigError, UsageError
 from ckptconv.formats import Format
 from ckptconv.huggingface.family_config import config_text, write_config
-from ckptconv.huggingface.sections import of_parts, write
+from ckptconv.huggingface.sections import of_parts, own_code, write
 from ckptconv.mapping_files import chosen, family_names, load_mapping
 from ckptconv.parts import CONFIG, LANGUAGE, PARTS, combine, extract, parts_of, swap
 from ckptconv.pipeline import Job, Prepared, open_checkpoint, prepare_from
@@ -97,16 +97,24 @@ def _of_kind(job: Job, name: str | None, model: Checkpoint) -> Job:
     check_kind(model.config, name)
     if job.saver != "hf" or "family" in job.saver_options:
         return job
-    family = kind_named(name).family
+    family = _family(name, model)
     if family is None:
         known = ", ".join(other for other, kind in KINDS.items() if kind.family)
         raise UsageError(f"--as {name}: Hugging Face has no such family; it has {known}")
     return replace(job, saver_options={**job.saver_options, "family": family})
 
 
+def _family(name: str, model: Checkpoint) -> str | None:
+    """The kind's family at Hugging Face, which the family of the language model may decide."""
+    kind, language = kind_named(name), model.config.family
+    if kind.own_code is not None and language in family_names() and own_code(load_mapping(language)):
+        return kind.own_code
+    return kind.family
+
+
 def _with_config(model: Checkpoint, name: str | None, job: Job) -> Checkpoint:
     """The model with the config.json of its kind at Hugging Face, which formats of others keep beside their files."""
-    family = kind_named(name).family if name else None
+    family = _family(name, model) if name else None
     known = {*family_names(), *(mapping.name for mapping in job.request().mappings)}
     if family is None or job.saver == "hf" or model.config.family not in known:
         return model

@@ -21,13 +21,17 @@ from ckptconv.values import Cast
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of multimodal model: what it makes of patches, its projector, and its family at Hugging Face."""
+    """A kind of multimodal model: what it makes of patches, its projector, and its family at Hugging Face.
+
+    `own_code` is the family for a language model whose code transformers does not have.
+    """
 
     patches: int = 1  # as many of which come into the projector at once
     norm: bool = False
     bias: bool = True
     as_mlp: bool = False  # as wide as the language model's mlp, not as its hidden size
     family: str | None = None
+    own_code: str | None = None
 
     def projector(self, vision: ModelConfig, language: ModelConfig) -> ModelConfig:
         width = language.ffn if self.as_mlp else language.hidden
@@ -40,7 +44,7 @@ KINDS = {
     "llava": Kind(family="hf-llava"),
     "neva": Kind(),
     "nvlm": Kind(patches=4, norm=True, bias=False, as_mlp=True, family="hf-nvlm"),
-    "internvl": Kind(patches=4, norm=True, family="hf-internvl"),
+    "internvl": Kind(patches=4, norm=True, family="hf-internvl", own_code="hf-internvl-chat"),
 }
 
 

@@ -43,7 +43,7 @@ from ckptconv.huggingface.files import (
     side_files,
 )
 from ckptconv.huggingface.folder_write import copied, final, weight_files
-from ckptconv.huggingface.sections import DTYPES, of_parts, part_mapping, with_image_token
+from ckptconv.huggingface.sections import DTYPES, of_parts, part_mapping, refuse_strangers, with_image_token
 from ckptconv.huggingface.template import as_family, as_template
 from ckptconv.mapping import Mapping
 from ckptconv.mapping_files import chosen, families, families_of_parts, family_names
@@ -165,6 +165,7 @@ class Hf:
         mapping = chosen(_family(config, options, request), request.mappings)
         config, donor = self._completed(checkpoint, mapping, options, request)
         check_fits(config, mapping)
+        refuse_strangers(mapping)
         rows = config.vocab_rows if config.kind != "text" else request.vocab or config.vocab
         if rows is None:
             raise ConfigError(

@@ -13,6 +13,7 @@ from ckptconv.formats import Request
 from ckptconv.huggingface.files import side_files
 from ckptconv.mapping_files import chosen
 from ckptconv.megatron import hf_beside
+from ckptconv.megatron.args_write import dynamic_rope
 from ckptconv.megatron.dist_loading import ZARR, backend
 from ckptconv.megatron.saving import vocab_rows
 from ckptconv.megatron.versions import LOCAL, PORTABLE_TE, TE, show
@@ -110,11 +111,12 @@ class Nemo2:
         return folder_write.save(stored, divisor, tokenizer, te)
 
     def usage(self, stored: Stored, dst: str, options: Nemo2Save) -> str:
-        return (
-            "import nemo.lightning as nl\n"
-            f"resume = nl.AutoResume(restore_config=nl.RestoreConfig(path={dst!r}))  # for llm.finetune or llm.pretrain\n"
-            f"or: from nemo.collections import llm; llm.export_ckpt(path={dst!r}, target='hf')"
-        )
+        lines = [
+            "import nemo.lightning as nl",
+            f"resume = nl.AutoResume(restore_config=nl.RestoreConfig(path={dst!r}))  # for llm.finetune or llm.pretrain",
+            f"or: from nemo.collections import llm; llm.export_ckpt(path={dst!r}, target='hf')",
+        ]
+        return "\n".join([*lines, *(f"note: {note}" for note in dynamic_rope(stored.config, "NeMo"))])
 
 
 def _weights(path: Path) -> Path:

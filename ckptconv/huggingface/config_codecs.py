@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ckptconv.config import ModelConfig, Rope
@@ -190,7 +190,10 @@ def plain(scaling: Table | None) -> Table | None:
 
 
 class RopeCodec:
-    """`rope_theta` with `rope_scaling` (transformers before 5), or everything in `rope_parameters`."""
+    """`rope_theta` with `rope_scaling` (transformers before 5), or everything in `rope_parameters`.
+
+    `theta` is the base where none is said; `scaling` lists the kinds that a class has whose tables are `type` and `factor` alone.
+    """
 
     def read(self, section: Section, entry: Entry, known: Fields) -> object:
         tables = [self._table(section, key) for key in ("rope_scaling", "rope_parameters")]
@@ -208,7 +211,9 @@ class RopeCodec:
         base = float(str(theta)) if base is None else base
         if not base > 0:
             raise section.wrong("rope_theta", base, "a number above 0")
-        return Rope(base, 1.0 if percent is None else percent, self._scaling(table, section))
+        rope = Rope(base, 1.0 if percent is None else percent, self._scaling(table, section))
+        _refuse_other_scaling(rope, entry, f"{section.where}: ")
+        return rope
 
     def _table(self, section: Section, key: str) -> Table | None:
         value = section.get(key)
@@ -246,7 +251,7 @@ class RopeCodec:
         return found[0] if found else None
 
     def write(self, out: Table, entry: Entry, config: ModelConfig, *, fresh: bool) -> None:
-        rope = config.rope or Rope()
+        rope = _in_short(config.rope or Rope(), entry)
         if out.get("rope_parameters") is not None:
             out["rope_parameters"] = {**(rope.scaling or {"rope_type": "default"}), "rope_theta": rope.base}
             if "rope_theta" in out:
@@ -260,6 +265,21 @@ class RopeCodec:
         elif rope.scaling is not None or "rope_scaling" in out or fresh:
             out["rope_scaling"] = rope.scaling
         out["rope_theta"] = rope.base
+
+
+def _refuse_other_scaling(rope: Rope, entry: Entry, where: str = "") -> None:
+    kinds = dict(entry.params).get("scaling")
+    if rope.scaling is not None and isinstance(kinds, list) and rope.kind not in kinds:
+        raise ConfigError(f"{where}rope scaling {rope.kind!r}: this family has only {' and '.join(kinds)}")
+
+
+def _in_short(rope: Rope, entry: Entry) -> Rope:
+    """A scaling as a class reads it that takes `type` and a factor with a decimal point, and nothing else."""
+    if rope.scaling is None or "scaling" not in dict(entry.params):
+        return rope
+    _refuse_other_scaling(rope, entry)
+    factor = rope.scaling.get("factor")
+    return replace(rope, scaling={"type": rope.kind, "factor": float(factor) if isinstance(factor, int) else factor})
 
 
 class LayerWindows:

@@ -261,6 +261,21 @@ def parts_that_fit(config: ModelConfig, mapping: Mapping, check: Callable[[Model
             check(config.towers[part.scope] if part.scope else replace(config, towers={}), _chosen(part, mapping))
 
 
+def own_code(mapping: Mapping) -> bool:
+    """Whether a family's code comes with its models (trust_remote_code): transformers does not have it."""
+    return "auto_map" in _table(mapping, "const")
+
+
+def refuse_strangers(mapping: Mapping) -> None:
+    """A class of transformers makes its parts of classes that it knows."""
+    strangers = [part.family for part in mapping.parts if own_code(_chosen(part, mapping))]
+    if strangers and not own_code(mapping):
+        raise ConfigError(
+            f"{mapping.name}: transformers' class cannot load {' and '.join(map(str, strangers))}, whose code is not in transformers; "
+            "name a family that is (--saver.family 'NAME(LANGUAGE,VISION)'), or one with code of its own, such as internvl-chat"
+        )
+
+
 def _chosen(part: Part, mapping: Mapping) -> Mapping:
     if part.family is None:
         raise MappingError(f"{mapping.name}: the family of its part {part.config} is not chosen yet")

@@ -80,7 +80,7 @@ def _scaling_problems(config: ModelConfig, core: Core) -> list[str]:
             else [f"linear rope scaling by {factor}: --rotary-seq-len-interpolation-factor takes whole numbers"]
         )
     if kind == "dynamic":
-        return []  # it acts beyond the positions the model was trained with, of which a note tells
+        return []  # see dynamic_rope
     if kind != "llama3":
         return [f"rope scaling {kind!r}: only llama3 and linear are known to it"]
     if not core.rope_scaling:
@@ -97,6 +97,15 @@ def _scaling_problems(config: ModelConfig, core: Core) -> list[str]:
     return problems
 
 
+def dynamic_rope(config: ModelConfig, who: str) -> list[str]:
+    """It acts beyond the positions that a model was trained with, so that leaving it out changes nothing up to there."""
+    if config.rope is None or config.rope.kind != "dynamic":
+        return []
+    return [
+        f"dynamic rope scaling: {who} has no words for it; sequences of up to {config.max_positions} tokens give the same results"
+    ]
+
+
 def notes(config: ModelConfig, core: Core, *, legacy: bool) -> tuple[str, ...]:
     """What the files say rightly but Megatron's own scripts do not pass on, for the user to see to."""
     out = []
@@ -110,10 +119,7 @@ def notes(config: ModelConfig, core: Core, *, legacy: bool) -> tuple[str, ...]:
             f"rope_scaling_factor is {config.rope.scaling.get('factor')}: pretrain_gpt.py up to 0.16 never passes it to the model, "
             "which then scales by 8; give GPTModel(rope_scaling_factor=...) yourself"
         )
-    if config.rope and config.rope.kind == "dynamic":
-        out.append(
-            f"dynamic rope scaling: Megatron has no words for it; sequences of up to {config.max_positions} tokens give the same results"
-        )
+    out += dynamic_rope(config, "Megatron")
     if config.sliding_window and core.sliding_window:
         out.append(
             f"sliding window of {config.sliding_window}: Megatron does not copy window_size from checkpoints; see the flags"

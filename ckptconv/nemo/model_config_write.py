@@ -235,8 +235,8 @@ def _model_problems(config: ModelConfig) -> list[str]:
 
 
 def _scaling_problems(config: ModelConfig) -> list[str]:
-    """Llama 3.1's scaling is a switch in NeMo: its numbers are in the code."""
-    if config.rope is None or not config.rope.scaling or config.rope.kind in ("default", "linear"):
+    """Llama 3.1's scaling is a switch in NeMo: its numbers are in the code. Of a dynamic one a note tells."""
+    if config.rope is None or not config.rope.scaling or config.rope.kind in ("default", "linear", "dynamic"):
         return []
     if config.rope.kind != "llama3":
         return [f"rope scaling {config.rope.kind!r}: only llama3 and linear are known to it"]

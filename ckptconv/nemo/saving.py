@@ -17,6 +17,7 @@ from ckptconv.errors import ConfigError, TopologyError, UsageError
 from ckptconv.formats import Request
 from ckptconv.leaves import contiguous, full
 from ckptconv.mapping_files import load_mapping
+from ckptconv.megatron.args_write import dynamic_rope
 from ckptconv.megatron.dist_objects import objects
 from ckptconv.megatron.dist_saving import Filing, layout, telling
 from ckptconv.megatron.extra_state import ExtraState
@@ -132,6 +133,7 @@ def notes(stored: Stored, tokenizer: Path | None, encoder: neva_config.Encoder) 
     source = _sentencepiece(extras, tokenizer)
     if source is not None and stored.config.vocab is not None and (tokens := _tokens(source)) > stored.config.vocab:
         yield f"the tokenizer has {tokens} tokens and the model knows {stored.config.vocab}: rows of the others are as padding is"
+    yield from dynamic_rope(stored.config, "NeMo")
     if neva_config.is_neva(stored.config) and neva_config.encoder_name(stored.config, raw(extras), encoder) is None:
         yield "mm_cfg.vision_encoder.from_pretrained is empty, and NeMo makes the image encoder by it: --saver.vision-encoder NAME"
     if source is None and not any(key in artifacts.TOKENIZER_KEYS for _, key in referred):

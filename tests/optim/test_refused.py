@@ -203,6 +203,18 @@ def off_by_one(saved: Saved) -> None:
         flat(saved)[tensor] = torch.roll(flat(saved)[tensor], 1)
 
 
+def test_the_state_twice(lists: Path, golden: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "twice"
+    shutil.copytree(lists, folder)
+    (flat,), (rank, *_) = (
+        golden.glob(f"iter_*/mp_rank_00/{FLAT_FILE}"),
+        sorted(folder.glob(f"iter_*/mp_rank_00/{RANK_FILE}")),
+    )
+    shutil.copy(flat, rank.parent)
+    with pytest.raises(FormatError, match="which has the whole optimizer state itself"):
+        converted(folder, tmp_path / "out", tp=1)
+
+
 def test_parameters_numbered_otherwise_are_found_by_their_weights(lists: Path, golden: Path, tmp_path: Path) -> None:
     """Weights are rounded master weights, or the order is not the one that is taken for granted."""
     for work, source, change, file in (("a", lists, exchange, RANK_FILE), ("b", golden, off_by_one, FLAT_FILE)):

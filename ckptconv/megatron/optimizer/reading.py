@@ -84,7 +84,7 @@ def _slots(
         raise FormatError(
             path, f"has no optimizer of the {'experts' if True in lacking else 'parameters other than experts'}"
         )
-    flat = _flat(content, len(chain), check=check) if any(entry.state is None for entry in chain) else []
+    flat = _flat(content, chain, check=check)
     for number, entry in enumerate(chain):
         own = [m for m in members if m.expert == entry.expert]
         found: dict[Slot, Tensor] = {}
@@ -98,11 +98,17 @@ def _slots(
         yield from found.items()
 
 
-def _flat(content: RankContent, count: int, *, check: bool) -> list[object]:
+def _flat(content: RankContent, chain: Sequence[Entry], *, check: bool) -> list[object]:
     """The buffers of each optimizer of the chain; None where another process has them."""
-    path = content.file.path.parent / OPTIMIZER_FILES[0]
+    path, count = content.file.path.parent / OPTIMIZER_FILES[0], len(chain)
     if not path.exists():
         return [None] * count
+    if all(entry.state is not None for entry in chain):
+        raise FormatError(
+            path,
+            f"is beside {content.file.path.name}, which has the whole optimizer state itself: which of the two is meant is not "
+            "known; move one away, or --optimizer drop converts the weights alone",
+        )
     saved = torch_file.read(path, check=check)
     held = saved if isinstance(saved, list) else [saved]
     if len(held) != count:

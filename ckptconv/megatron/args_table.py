@@ -100,6 +100,19 @@ def layer_freq(config: ModelConfig) -> object:
     return [int(i in held) for i in range(config.layers)]
 
 
+def moe_fields(config: ModelConfig) -> dict[str, object]:
+    """What a TransformerConfig, of whatever wrapper, is told of the experts."""
+    if not config.experts:
+        return {"num_moe_experts": None}
+    return {
+        "num_moe_experts": config.experts,
+        "moe_ffn_hidden_size": config.moe_ffn,
+        "moe_router_topk": config.router_topk,
+        "moe_router_pre_softmax": config.router_pre_softmax,
+        "moe_layer_freq": layer_freq(config),
+    }
+
+
 MODEL = (
     _model("num_layers", "layers"),
     _model("encoder_num_layers", "layers"),

@@ -25,16 +25,21 @@ def write_args(subject: Subject) -> Namespace:
     return Namespace(**dict(sorted(fields.items())))
 
 
+def bias_problems(config: ModelConfig) -> list[str]:
+    """Whether neither Megatron's flags nor NeMo's can say which linear layers have biases."""
+    biases = (config.qkv_bias, config.out_bias, config.mlp_bias)
+    if biases in ((False, False, False), (True, False, False), (True, True, True)):
+        return []
+    said = ", ".join(
+        f"{n} {'yes' if b else 'no'}" for n, b in zip(("q/k/v", "attention output", "mlp"), biases, strict=True)
+    )
+    return [f"biases {said}: it has flags for all of them, for q/k/v alone, or for none"]
+
+
 def refuse_inexpressible(config: ModelConfig, core: Core, *, legacy: bool) -> None:
     """Models that Megatron of this version would build with other tensors or another forward pass: written files would be wrong."""
     who = f"Megatron-Core {show(core.version)}" + (" (legacy models)" if legacy else "")
-    problems = []
-    biases = (config.qkv_bias, config.out_bias, config.mlp_bias)
-    if biases not in ((False, False, False), (True, False, False), (True, True, True)):
-        said = ", ".join(
-            f"{n} {'yes' if b else 'no'}" for n, b in zip(("q/k/v", "attention output", "mlp"), biases, strict=True)
-        )
-        problems.append(f"biases {said}: it has flags for all of them, for q/k/v alone, or for none")
+    problems = bias_problems(config)
     if (config.glu, config.activation) not in ACTIVATIONS:
         problems.append(f"activation {config.activation!r} {'with' if config.glu else 'without'} a gate")
     if config.rope is None and not config.learned_positions:

@@ -8,7 +8,7 @@ from ckptconv.checkpoint import Stored
 from ckptconv.config import ModelConfig
 from ckptconv.dtypes import DType
 from ckptconv.errors import ConfigError
-from ckptconv.megatron.args_table import layer_freq
+from ckptconv.megatron.args_table import moe_fields
 from ckptconv.megatron.saving import Form
 
 NAME = "run_config.yaml"
@@ -85,13 +85,5 @@ def _precision(dtype: DType) -> dict[str, object]:
 
 
 def _experts(config: ModelConfig, form: Form) -> dict[str, object]:
-    if not config.experts:
-        return {"num_moe_experts": None}
-    return {
-        "num_moe_experts": config.experts,
-        "moe_ffn_hidden_size": config.moe_ffn,
-        "moe_router_topk": config.router_topk,
-        "moe_router_pre_softmax": config.router_pre_softmax,
-        "moe_layer_freq": layer_freq(config),
-        "moe_grouped_gemm": form.experts == "te-grouped",
-    }
+    grouped = {"moe_grouped_gemm": form.experts == "te-grouped"} if config.experts else {}
+    return moe_fields(config) | grouped

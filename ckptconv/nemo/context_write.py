@@ -8,7 +8,7 @@ from dataclasses import replace
 from ckptconv.config import ModelConfig
 from ckptconv.dtypes import DType
 from ckptconv.errors import ConfigError
-from ckptconv.megatron.args_table import layer_freq
+from ckptconv.megatron.args_table import moe_fields
 from ckptconv.megatron.args_write import refuse_inexpressible as refuse_for_megatron
 from ckptconv.megatron.saving import final_file
 from ckptconv.megatron.versions import NEWEST, Core
@@ -83,7 +83,7 @@ def _model(config: ModelConfig, dtype: DType, divisor: int, tokenizer: Dict[str,
         **_sizes(config),
         **_block(config),
         **_positions(config),
-        **_experts(config),
+        **moe_fields(config),
         **_precision(dtype),
         **_vocabulary(config, divisor, tokenizer_files.tokens(tokenizer), preset=described.startswith(PRESET)),
     }
@@ -130,18 +130,6 @@ def _positions(config: ModelConfig) -> Table:
         "rotary_percent": config.rope.percent,
         "seq_len_interpolation_factor": scaling.get("factor") if kind == "linear" else None,
         **({ours: scaling.get(theirs) for ours, theirs in SCALING.items()} if kind == "llama3" else {}),
-    }
-
-
-def _experts(config: ModelConfig) -> Table:
-    if not config.experts:
-        return {"num_moe_experts": None}
-    return {
-        "num_moe_experts": config.experts,
-        "moe_ffn_hidden_size": config.moe_ffn,
-        "moe_router_topk": config.router_topk,
-        "moe_router_pre_softmax": config.router_pre_softmax,
-        "moe_layer_freq": layer_freq(config),
     }
 
 

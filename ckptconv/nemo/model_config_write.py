@@ -11,6 +11,7 @@ from ckptconv.dtypes import DType
 from ckptconv.errors import ConfigError
 from ckptconv.megatron.args_read import llama3_scaling
 from ckptconv.megatron.args_table import layer_freq
+from ckptconv.megatron.args_write import bias_problems
 from ckptconv.nemo import neva_config, yaml_file
 from ckptconv.nemo.model_config import ENDS, GATED
 from ckptconv.nemo.settings import SETTINGS, TOKENIZER
@@ -218,13 +219,7 @@ def refuse_inexpressible(config: ModelConfig, topology: Topology, form: Form) ->
 
 
 def _model_problems(config: ModelConfig) -> list[str]:
-    problems = []
-    biases = (config.qkv_bias, config.out_bias, config.mlp_bias)
-    if biases not in ((False, False, False), (True, False, False), (True, True, True)):
-        said = ", ".join(
-            f"{n} {'yes' if b else 'no'}" for n, b in zip(("q/k/v", "attention output", "mlp"), biases, strict=True)
-        )
-        problems.append(f"biases {said}: it has flags for all of them, for q/k/v alone, or for none")
+    problems = bias_problems(config)
     if config.activation not in (_GATES if config.glu else UNGATED):
         problems.append(f"activation {config.activation!r} {'with' if config.glu else 'without'} a gate")
     if config.norm not in NORMS:

@@ -44,8 +44,8 @@ class JsonFile:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizerJson:
-    """tokenizer.json, with the ids that the library itself gives."""
+class AddedTable:
+    """A table of added tokens: added_tokens.json (text -> id), or the one in tokenizer_config.json (id -> text and flags)."""
 
     file: JsonFile
     known: dict[str, int] = field(repr=False)
@@ -60,6 +60,12 @@ class TokenizerJson:
 
     def what(self, token: str) -> str:
         return f"id {self.known[token]} of {self.where}"
+
+
+class TokenizerJson(AddedTable):
+    """tokenizer.json, with the ids that the library itself gives."""
+
+    __slots__ = ()
 
     def extended(self, wanted: Wanted, first: int) -> bytes:
         table, where = self.file.table, self.file.where
@@ -77,25 +83,6 @@ class TokenizerJson:
                 split.append(token)
         refuse_split(where, split)
         return text
-
-
-@dataclass(frozen=True, slots=True)
-class AddedTable:
-    """A table of added tokens: added_tokens.json (text -> id), or the one in tokenizer_config.json (id -> text and flags)."""
-
-    file: JsonFile
-    known: dict[str, int] = field(repr=False)
-
-    @property
-    def next_id(self) -> int:
-        return max(self.known.values(), default=-1) + 1
-
-    @property
-    def where(self) -> str:
-        return self.file.where
-
-    def what(self, token: str) -> str:
-        return f"id {self.known[token]} of {self.where}"
 
 
 def read_json(path: Path, limit: int = json_file.MAX_CONFIG) -> JsonFile:

@@ -18,26 +18,11 @@ from ckptconv.executor.execute import execute
 from ckptconv.layout import layout_from
 from ckptconv.pipeline import Job, Prepared, load
 from ckptconv.testing.models import hf_hidden, hf_logits, make_hf, make_tower, make_whole, token_ids, whole_logits
+from tests.vision.arrays import atoms, config_json, same
 
 NVLM = Path(__file__).parents[1] / "golden" / "vlm" / "nvlm_d"
 WEIGHTS = "model.safetensors"
 NORMAL = "normal:0.02:7"
-Arrays = dict[str, np.ndarray[Any, Any]]
-
-
-def atoms(path: Path, **wishes: Any) -> Arrays:
-    return {key.name: tensor.numpy() for key, tensor in load(path, **wishes).tensors.items()}
-
-
-def same(a: Arrays, b: Arrays) -> None:
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        assert value.dtype == b[name].dtype, name
-        assert value.tobytes() == b[name].tobytes(), name
-
-
-def config_json(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())  # type: ignore[no-any-return]
 
 
 def write(prepared: Prepared, path: Path) -> Path:

@@ -14,22 +14,11 @@ from safetensors.numpy import load_file, save_file
 from ckptconv.errors import ConfigError, CoverageError
 from ckptconv.pipeline import convert, load
 from ckptconv.testing.models import WHOLE, make_whole, whole_logits
+from tests.vision.arrays import config_json, same
 
 NVLM = Path(__file__).parents[1] / "golden" / "vlm" / "nvlm_d"  # made by hand after the published layout: no tool can
 WEIGHTS = "model.safetensors"
-Arrays = dict[str, np.ndarray[Any, Any]]
 Rename = Callable[[str], str]
-
-
-def same(a: Arrays, b: Arrays) -> None:
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        assert value.dtype == b[name].dtype, name
-        assert value.tobytes() == b[name].tobytes(), name
-
-
-def config_json(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())  # type: ignore[no-any-return]
 
 
 def changed(source: Path, target: Path, *, rename: Rename = str, **config: Any) -> Path:

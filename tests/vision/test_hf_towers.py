@@ -16,24 +16,10 @@ from ckptconv.mapping_files import load_mapping
 from ckptconv.pipeline import convert, load
 from ckptconv.testing.models import hf_hidden, make_tower
 from ckptconv.tower_passes import resize_heads
+from tests.vision.arrays import Arrays, atoms, config_json, same
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vlm"
 WEIGHTS = "model.safetensors"
-Arrays = dict[str, np.ndarray[Any, Any]]
-
-
-def atoms(path: Path, **wishes: Any) -> Arrays:
-    return {key.name: tensor.numpy() for key, tensor in load(path, **wishes).tensors.items()}
-
-
-def same(a: Arrays, b: Arrays) -> None:
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        assert value.tobytes() == b[name].tobytes(), name
-
-
-def config_json(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())  # type: ignore[no-any-return]
 
 
 # made by transformers

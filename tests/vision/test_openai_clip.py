@@ -14,13 +14,10 @@ from safetensors.torch import load_file
 
 from ckptconv.errors import ConfigError, FormatError
 from ckptconv.pipeline import convert, load
+from tests.vision.arrays import atoms
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vlm" / "clip"
 HEADS: dict[str, Any] = {"loader_options": {"heads": 16}}
-
-
-def atoms(path: Path, **wishes: Any) -> dict[str, np.ndarray[Any, Any]]:
-    return {key.name: tensor.numpy() for key, tensor in load(path, **wishes).tensors.items()}
 
 
 def state_dict() -> dict[str, torch.Tensor]:

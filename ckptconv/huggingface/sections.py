@@ -271,8 +271,9 @@ def refuse_strangers(mapping: Mapping) -> None:
     strangers = [part.family for part in mapping.parts if own_code(_chosen(part, mapping))]
     if strangers and not own_code(mapping):
         raise ConfigError(
-            f"{mapping.name}: transformers' class cannot load {' and '.join(map(str, strangers))}, whose code is not in transformers; "
-            "name a family that is (--saver.family 'NAME(LANGUAGE,VISION)'), or one with code of its own, such as internvl-chat"
+            f"{mapping.name}: transformers does not have the code of {' and '.join(map(str, strangers))}, which its class would need; "
+            "give each part a family that it has, as in --saver.family 'internvl(llama,internvl-vision)', or name a family with "
+            "code of its own, such as internvl-chat"
         )
 
 

@@ -32,6 +32,7 @@ DENSE = ModelConfig(
     family="hf-llama", layers=4, hidden=32, heads=8, kv_heads=4, head_dim=6, ffn=48, vocab_rows=64, vocab=61,
     max_positions=16, norm_eps=1e-6,
 )  # fmt: skip
+EVEN = replace(DENSE, head_dim=4)  # heads that share the width between them
 CLIP = ModelConfig(
     family="hf-clip", kind="vision", layers=4, hidden=48, heads=8, kv_heads=8, head_dim=6, ffn=80, vocab_rows=0, image=16,
     patch=4, class_tokens=1, max_positions=17, norm="layernorm", norm_eps=1e-5, activation="quick_gelu", glu=False,
@@ -65,6 +66,8 @@ SHAPES: dict[str, ModelConfig] = {
     "tied": replace(DENSE, tied=True),
     "qkv-bias": replace(DENSE, qkv_bias=True),
     "biases": replace(DENSE, qkv_bias=True, out_bias=True, mlp_bias=True),
+    "even-heads": EVEN,
+    "even-heads-bias": replace(EVEN, qkv_bias=True, out_bias=True, tied=True),
     "qk-norm": replace(DENSE, qk_norm=True),
     "layernorm": replace(
         DENSE, norm="layernorm", activation="gelu", glu=False, learned_positions=True, rope=None, qkv_bias=True,
@@ -92,6 +95,7 @@ SHAPES: dict[str, ModelConfig] = {
     "llava-next": _joined(DENSE, CLIP_64, replace(LLAVA.towers["projector"], newline=True)),
     "llava-moe": replace(LLAVA, experts=4, moe_ffn=40, router_topk=2, moe_layers=(0, 1, 2, 3)),
     "internvl": INTERNVL,
+    "internvl-internlm2": replace(INTERNVL, family="hf-internlm2", head_dim=4, qkv_bias=False),
     "nvlm": _joined(INTERNVL, replace(INTERNVIT, heads=15, kv_heads=15, true_heads=8), projector_config(192, 40, 32, pre_norm=True)),
 }  # fmt: skip
 LAYOUTS: dict[str, Topology] = {

@@ -285,7 +285,7 @@ def test_formats(console: Console) -> None:
 def test_families(console: Console) -> None:
     rows = json.loads(console("families", "--json").out)
     assert {r["name"]: r["match"].get("model_type") for r in rows} == {
-        "hf-clip": ["clip_vision_model", "clip"], "hf-internvit": "intern_vit_6b", "hf-internvl": "internvl",
+        "hf-clip": ["clip_vision_model", "clip"], "hf-internlm2": "internlm2", "hf-internvit": "intern_vit_6b", "hf-internvl": "internvl",
         "hf-internvl-chat": "internvl_chat", "hf-internvl-vision": "internvl_vision", "hf-llama": "llama", "hf-llava": "llava",
         "hf-llava-liuhaotian": ["llava_llama", "llava_mistral", "llava"], "hf-llava-next": "llava_next", "hf-mistral": "mistral",
         "hf-mixtral": "mixtral", "hf-nvlm": "NVLM_D", "hf-qwen2": "qwen2", "hf-qwen3": "qwen3", "hf-radio-g": None, "hf-radio-h": None,

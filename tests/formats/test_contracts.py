@@ -140,6 +140,13 @@ MAPPINGS: dict[str, dict[str, Any]] = {
     "nemo-mcore-local": {"layouts": ("whole", "tp2", "tp4-ep2-etp1")},
 }
 MAPPINGS["nemo-legacy"] = MAPPINGS["megatron-legacy"]
+
+
+class TestInternvlChatOfInternlm2(MappingContract):
+    mapping = "hf-internvl-chat(hf-internvit,hf-internlm2)"
+    shapes = ("internvl-internlm2",)
+
+
 for _name in mapping_paths():
     globals()[f"Test_{_name}"] = type(
         f"Test_{_name}", (MappingContract,), {"mapping": _name, **MAPPINGS.get(_name, {}), "__module__": __name__}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 from safetensors.numpy import load_file
 
 from ckptconv.combine import prepare_combine, prepare_extract
-from ckptconv.errors import ConfigError, CoverageError
+from ckptconv.errors import ConfigError
 from ckptconv.executor.execute import execute
+from ckptconv.huggingface.family_config import read_config
 from ckptconv.layout import layout_from
+from ckptconv.mapping_files import load_mapping
 from ckptconv.pipeline import Job, Prepared, convert, prepare
 from ckptconv.testing.models import hf_logits
 from tests.judge.judge import judge_logits
@@ -47,11 +50,10 @@ def same_files(a: Path, b: Path, *names: str) -> None:
 
 
 def changed(folder: Path, **said: Any) -> Path:
-    """The same weights with other things said; None takes a key away."""
+    """The same weights with other things said of them."""
     source = folder / "changed"
     shutil.copytree(PLAIN, source)
-    table = {key: value for key, value in {**config_json(PLAIN), **said}.items() if value is not None}
-    (source / "config.json").write_text(json.dumps(table))
+    (source / "config.json").write_text(json.dumps({**config_json(PLAIN), **said}))
     return source
 
 
@@ -155,9 +157,14 @@ def test_what_the_models_code_would_refuse_is_refused(tmp_path: Path) -> None:
         convert(changed(tmp_path, rope_scaling={"type": "yarn", "factor": 2.0}), tmp_path / "out", saver="hf")
 
 
-def test_without_a_word_of_biases_the_class_has_them(tmp_path: Path) -> None:
-    with pytest.raises(CoverageError, match=r"model\.layers\.0\.attention\.wqkv\.bias"):
-        convert(changed(tmp_path, bias=None), tmp_path / "out", saver="hf")
+def test_what_a_config_leaves_out_is_what_the_class_takes() -> None:
+    family, table = load_mapping("hf-internlm2"), json.loads((GOLDEN / "defaults.json").read_text())
+    sizes = family.config["sizes"]
+    assert isinstance(sizes, dict)
+    silent, full = (read_config(said, "config.json", family) for said in ({"model_type": "internlm2", **sizes}, table))
+    assert replace(silent, raw={}) == replace(full, raw={})
+    assert full.qkv_bias, "where nothing is said there are biases"
+    assert {key: table[key] for key in sizes} == sizes
 
 
 # InternVL with InternLM2

@@ -69,6 +69,12 @@ def make_language_model(folder: Path, said: dict[str, Any]) -> None:
     record(folder, model(ids), ids=ids)
 
 
+def write_defaults(file: Path) -> None:
+    """What the class takes for every key that a config.json leaves out."""
+    config_class = importlib.import_module("internvl.model.internlm2.configuration_internlm2").InternLM2Config
+    file.write_text(config_class().to_json_string(use_diff=False))
+
+
 def make_whole(folder: Path) -> None:
     """Weights of bf16, with which a model in fp32 computes an image and a sentence behind it."""
     code = importlib.import_module("internvl.model.internvl_chat")
@@ -117,6 +123,7 @@ def main(internvl_chat: str, tools: str, into: str) -> None:
     place = Path(into)
     for name, said in KINDS.items():
         make_language_model(place / name, said)
+    write_defaults(place / "defaults.json")
     make_whole(place / "internvl_chat")
     as_llama(place / "plain", place / "llama")
     for code in place.glob("*/*.py"):  # save_pretrained copies the models' code, which is not ours to have here

@@ -1,0 +1,1 @@
+"""Tests of vision towers, and of the models that they are parts of."""

@@ -102,7 +102,7 @@ def from_whole(
     evidence = Evidence(measured, said, beside.config, beside.where, beside.given, name, request.vocab)
     architecture, overruled = resolve(evidence)
     if multimodal:
-        stated = towers.Said(heads=heads, family=towers.family_for(family)).or_else(said.tower if said else None)
+        stated = towers.Said(None, heads, towers.family_for(family), said.tower if said else None)
         found = towers.towers(one_by_one(shapes), 1, architecture.towers, stated, where)
         architecture = replace(architecture, towers=found)
     topology = even(architecture.layers)

@@ -10,7 +10,7 @@ from ckptconv.containers import json_file
 from ckptconv.containers.folder import inside
 from ckptconv.errors import UsageError
 from ckptconv.formats import Request
-from ckptconv.huggingface.family_config import family_named, family_of, read_config
+from ckptconv.huggingface.family_config import family_named, family_of, own_section, read_config
 from ckptconv.huggingface.files import CONFIG, side_files
 from ckptconv.huggingface.told import told_fields
 from ckptconv.mapping import Mapping
@@ -39,7 +39,8 @@ def find(given: Path | None, hf: Path | None, request: Request) -> Beside:
     files = side_files(folder) if folder is not None else {}
     if given is None and "layers" in told_fields(mapping):  # the family's weights say what it is, no config does
         return Beside(files={**files, CONFIG: whole(str(path))})
-    config = replace(read_config(raw, str(path), chosen(mapping.name, request.mappings)), family=mapping.name)
+    mapping = chosen(mapping.name, request.mappings)
+    config = replace(read_config(own_section(raw, mapping), str(path), mapping), family=mapping.name)
     label = "the config given" if given is not None else f"{hf.name if hf else ''}/{CONFIG}"
     return Beside(config, label, given is not None, {**files, CONFIG: whole(str(path))})
 

@@ -81,7 +81,7 @@ def from_ranks(
 ) -> Stored:
     """The ranks' contents brought together, and the architecture that they and what is said of them agree on."""
     family = hf_beside.family(request)
-    stated = towers.Said(beside.config, kind.heads, towers.family_for(family)).or_else(said.tower if said else None)
+    stated = towers.Said(beside.config, kind.heads, towers.family_for(family), said.tower if said else None)
     names = contents[0].chunks[0]
     if kind.vision and towers.is_vision(names):
         return _vision(contents, beside, stated, kind, folder)

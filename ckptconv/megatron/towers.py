@@ -57,16 +57,12 @@ def part(content: RankContent, prefix: str) -> RankContent:
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What is stated of a tower beside its tensors: a config, or no more than its heads and family."""
+    """What is stated of a tower beside its tensors: by a config, by options, and by args (family and heads of a kind they name)."""
 
     config: ModelConfig | None = None
     heads: int | None = None
     family: str | None = None
-
-    def or_else(self, tower: tuple[str, int] | None) -> Said:
-        """What args say of it, where nothing else is said."""
-        family, heads = tower or (None, None)
-        return replace(self, family=self.family or family, heads=self.heads or heads)
+    args: tuple[str, int] | None = None
 
 
 def family_for(family: Mapping | None) -> str | None:
@@ -95,11 +91,7 @@ def vision(shapes: Dict[str, Shape], tp: int, said: Said, where: str) -> ModelCo
     hidden = _hidden(shapes, where)
     layers = layer_count(shapes, where)
     ffn = _size(shapes, _FC2 + "weight", 1) * tp
-    family, heads = (
-        (said.config.family, said.config.true_heads or said.config.heads) if said.config else (said.family, said.heads)
-    )
-    known = KNOWN.get((hidden, layers, ffn))
-    family, heads = family or (known[0] if known else "hf-clip"), heads or (known[1] if known else None)
+    family, heads = _family_and_heads(said, (hidden, layers, ffn), where)
     if not heads or hidden % heads:
         found = f"{heads} do not divide its {hidden} entries" if heads else "nothing says it"
         raise ConfigError(
@@ -114,6 +106,20 @@ def vision(shapes: Dict[str, Shape], tp: int, said: Said, where: str) -> ModelCo
     return ModelConfig(
         family, layers, hidden, stored, stored, head_dim, ffn, 0, true_heads=true, **_measured(shapes, tp, hidden, ffn)
     )
+
+
+def _family_and_heads(said: Said, sizes: tuple[int, int, int], where: str) -> tuple[str, int | None]:
+    """As a config says, else options, else args, else what is known of towers of these sizes."""
+    if said.config is None:
+        family, heads = said.args or KNOWN.get(sizes) or ("hf-clip", None)
+        return said.family or family, said.heads or heads
+    stated = said.config.true_heads or said.config.heads
+    if said.heads not in (None, stated):
+        raise ConfigError(
+            f"{where}: {HEADS_FLAG} {said.heads}, but the config of the vision tower says {stated} attention heads; "
+            f"leave {HEADS_FLAG} out, or give --loader.config FOLDER with a config.json that says {said.heads}"
+        )
+    return said.config.family, stated
 
 
 def _hidden(shapes: Dict[str, Shape], where: str) -> int:

@@ -57,11 +57,12 @@ def put_back(checkpoint: Checkpoint, target: Target, source: Mapping) -> Checkpo
     config = target.config or checkpoint.config
     if not source.omit:
         return replace(checkpoint, config=config)
-    expected = [name for name, _ in target.mapping.vocabulary.expected(config)]
+    taken_out = any(rule.scope == config.kind for rule in source.rules)  # of a larger model, whose mapping this is
+    under = f"{config.kind}." if taken_out else ""
     absent = [
         name
-        for name in expected
-        if Key(name) not in checkpoint.tensors and source.omits(name) and not target.mapping.omits(name)
+        for name, _ in target.mapping.vocabulary.expected(config)
+        if Key(name) not in checkpoint.tensors and source.omits(under + name) and not target.mapping.omits(name)
     ]
     donor = target.donor.tensors if target.donor else {}
     if lacking := [name for name in absent if Key(name) not in donor]:

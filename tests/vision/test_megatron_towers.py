@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from ckptconv import ExecuteOptions, convert
+from ckptconv import ExecuteOptions, Job, convert
+from ckptconv.combine import prepare_combine, prepare_extract
 from ckptconv.errors import ConfigError
-from ckptconv.testing.models import make_tower
+from ckptconv.executor.execute import execute
+from ckptconv.testing.models import make_hf, make_tower
 from tests.vision.arrays import atoms, config_json, same
 
 QUICK = ExecuteOptions(durable=False)
@@ -34,3 +36,15 @@ def test_heads_of_an_option_and_of_a_config_must_agree(tmp_path: Path) -> None:
         convert(tmp_path / "tp2", tmp_path / "out", tp=1, loader_options={"vision-heads": 2})
     stated = {"vision-heads": 4, "config": str(tmp_path / "hf")}
     convert(tmp_path / "tp2", tmp_path / "out", tp=1, loader_options=stated, execute_options=QUICK)
+
+
+@pytest.mark.parametrize("saver", ["mcore", "mcore-dist"])
+@pytest.mark.parametrize("kind", ["CLIPVisionModelWithProjection", "SiglipVisionModel"])
+def test_a_tower_taken_out_gets_back_what_megatron_has_no_place_for(kind: str, saver: str, tmp_path: Path) -> None:
+    """CLIP's last norm and projection, SigLIP's pooling head: as for a tower that was alone before."""
+    language, source = make_hf(tmp_path / "lm", "llama"), make_tower(tmp_path / "vision", kind)
+    joined = prepare_combine(Job(language, saver=saver), Job(source), kind="llava", init_projector="zeros")
+    execute(joined.plan, tmp_path / "whole", QUICK)
+    alone = Job(tmp_path / "whole", saver="hf", saver_options={"template": source})
+    execute(prepare_extract(alone, "vision").plan, tmp_path / "back", QUICK)
+    same(atoms(source), atoms(tmp_path / "back"))

@@ -12,12 +12,15 @@ from ckptconv.coding import literal
 from ckptconv.dtypes import FP32
 from ckptconv.errors import ConfigError, UsageError
 from ckptconv.formats import Format
-from ckptconv.huggingface.family_config import config_text, write_config
+from ckptconv.huggingface.family_config import config_text, is_family, write_config
 from ckptconv.huggingface.sections import of_parts, own_code, write
-from ckptconv.mapping_files import chosen, family_names, load_mapping
+from ckptconv.mapping import Mapping
+from ckptconv.mapping_files import chosen, families_of_parts, family_names, load_mapping
 from ckptconv.parts import CONFIG, LANGUAGE, PARTS, combine, extract, parts_of, swap
 from ckptconv.pipeline import Job, Prepared, open_checkpoint, prepare_from
 from ckptconv.projectors import KINDS, check_kind, kind_named, new_projector
+
+NO_CONFIG = "no config.json travels along of"
 
 
 def prepare_combine(
@@ -48,7 +51,7 @@ def prepare_combine(
         between = _cast(
             new_projector(init_projector, kind, tower.config, language.config, dtype), "projector", said, job
         )
-    model = combine(language, tower, between)
+    model = _noted(combine(language, tower, between), _joined(kind, language, tower, between, init_projector))
     sources = [job, vision, *([projector] if projector else [])]
     return prepare_from(_of_kind(job, kind, model), loader, _with_config(model, kind, job), _common(sources))
 
@@ -59,15 +62,27 @@ def prepare_swap(
     """The plan of a model (`job`) with one part from another checkpoint."""
     if part not in PARTS:
         raise UsageError(f"--replace {part}: expected one of {', '.join(PARTS)}")
+    if idle := [name for name, dtype in (dtypes or {}).items() if name != part and dtype != "keep"]:
+        raise UsageError(
+            f"--{idle[0]}.dtype beside --replace {part}: only the new part is cast; --dtype casts all of them"
+        )
     loader, model = open_checkpoint(job)
     model = swap(model, part, _open(other, part, dtypes or {})[1])
-    return prepare_from(_of_kind(job, kind, model), loader, model, _common([job, other]))
+    families = families_of_parts(model.config.family)
+    if job.saver == "hf" and not (families or kind or "family" in job.saver_options):
+        raise UsageError(f"--replace {part}: the new one is of another family; --as says what kind of model it makes")
+    if families and kind is None:
+        model = _described(model, load_mapping(model.config.family), job)
+    return prepare_from(_of_kind(job, kind, model), loader, _with_config(model, kind, job), _common([job, other]))
 
 
 def prepare_extract(job: Job, part: str) -> Prepared:
     """The plan of one part of a model as a checkpoint of its own."""
     loader, model = open_checkpoint(job)
-    return prepare_from(job, loader, extract(model, part), str(job.source))
+    taken = extract(model, part)
+    if taken is not model and taken.config.family in _families(job):
+        taken = _described(taken, load_mapping(taken.config.family), job)
+    return prepare_from(job, loader, taken, str(job.source))
 
 
 def _open(job: Job, part: str, dtypes: Dict[str, str]) -> tuple[Format, Checkpoint]:
@@ -113,19 +128,49 @@ def _family(name: str, model: Checkpoint) -> str | None:
 
 
 def _with_config(model: Checkpoint, name: str | None, job: Job) -> Checkpoint:
-    """The model with the config.json of its kind at Hugging Face, which formats of others keep beside their files."""
+    """The model as one of its kind's family at Hugging Face."""
     family = _family(name, model) if name else None
-    known = {*family_names(), *(mapping.name for mapping in job.request().mappings)}
-    if family is None or job.saver == "hf" or model.config.family not in known:
+    if family is None:
         return model
-    mapping = of_parts(load_mapping(family), model.config)
-    extras = model.extras
+    if model.config.family not in _families(job) and not families_of_parts(model.config.family):
+        return _noted(
+            model, f"{NO_CONFIG} {family}: which family the language model is of is not known (--family says it)"
+        )
+    return _described(model, of_parts(load_mapping(family), model.config), job)
+
+
+def _families(job: Job) -> set[str]:
+    return {*family_names(), *(mapping.name for mapping in job.request().mappings)}
+
+
+def _described(model: Checkpoint, mapping: Mapping, job: Job) -> Checkpoint:
+    """What it is at Hugging Face and its config.json, which formats of others keep beside their files; rows of padding do not count."""
+    if job.saver == "hf":  # which writes it itself
+        return model
+    config = model.config
+    true = config if config.vocab is None else replace(config, vocab_rows=config.vocab)
+    base = config.raw if is_family(config.raw, mapping) else None
+    complete = not mapping.parts or "projector" in config.towers
     try:
-        text = config_text(write(model.config, None, mapping, write_config))
+        table = write_config(true, base, mapping)[0] if complete else write(true, base, mapping, write_config)
     except ConfigError as error:
-        note = f"no config.json of {family} travels along: {str(error).splitlines()[0]}"
-        return replace(model, extras=replace(extras, notes=(*extras.notes, note)))
-    return replace(model, extras=replace(extras, files={**extras.files, CONFIG: literal(text)}))
+        return _noted(model, f"{NO_CONFIG} {mapping.name}: {str(error).splitlines()[0]}")
+    files = {**model.extras.files, CONFIG: literal(config_text(table))}
+    described = replace(config, family=mapping.name, raw=table)
+    return replace(model, config=described, extras=replace(model.extras, files=files))
+
+
+def _joined(
+    kind: str | None, language: Checkpoint, tower: Checkpoint, between: Checkpoint | None, how: str | None
+) -> str:
+    """What the model was made of, for the manifest."""
+    parts = [f"{part.config.family} ({part.origin.format})" for part in (language, tower)]
+    projector = f"new, {how}" if how else between.origin.format if between else "none"
+    return f"joined{f' as {kind}' if kind else ''}: {parts[0]}, {parts[1]}, projector ({projector})"
+
+
+def _noted(model: Checkpoint, note: str) -> Checkpoint:
+    return replace(model, extras=replace(model.extras, notes=(*model.extras.notes, note)))
 
 
 def _common(jobs: list[Job]) -> str:

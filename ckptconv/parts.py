@@ -11,7 +11,12 @@ from ckptconv.errors import ConfigError, UsageError
 from ckptconv.mapping_files import families_of_parts, load_mapping
 
 LANGUAGE = "lm"
-CONFIG = "config.json"  # among the files that travel along
+CONFIG, PROCESSOR, IMAGES = (
+    "config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+)  # files that travel along
+OF_WHOLE = (CONFIG, PROCESSOR)
 PARTS = (LANGUAGE, *TOWERS)
 
 
@@ -36,7 +41,7 @@ def extract(checkpoint: Checkpoint, part: str) -> Checkpoint:
         for key, tensor in checkpoint.tensors.items()
         if (_owner(key.name) or LANGUAGE) == part
     }
-    return replace(checkpoint, config=own, tensors=tensors, extras=_own_extras(checkpoint, own))
+    return replace(checkpoint, config=own, tensors=tensors, extras=_own_extras(checkpoint, own, part))
 
 
 def _language(config: ModelConfig) -> ModelConfig:
@@ -53,14 +58,18 @@ def _language(config: ModelConfig) -> ModelConfig:
     return replace(config, family=family, towers={}, raw=raw)
 
 
-def _own_extras(checkpoint: Checkpoint, own: ModelConfig) -> Extras:
-    """What lies beside, with the part's own config.json in place of the whole model's."""
+def _own_extras(checkpoint: Checkpoint, own: ModelConfig, part: str) -> Extras:
+    """What lies beside, with the part's own config.json in place of the whole model's; the tokenizer is the language model's."""
     extras, whole = checkpoint.extras, checkpoint.config
     if own.kind == "text" and own.family == whole.family:
         return extras
-    files = {name: source for name, source in extras.files.items() if name != CONFIG}
+    files = {name: source for name, source in extras.files.items() if _goes_with(part, name)}
     objects = {**extras.objects, **({"hf_config": own.raw} if own.raw else {})}
     return replace(extras, files=files, objects=objects)
+
+
+def _goes_with(part: str, name: str) -> bool:
+    return name == IMAGES and part == "vision" if part != LANGUAGE else name not in (*OF_WHOLE, IMAGES)
 
 
 def combine(language: Checkpoint, vision: Checkpoint, projector: Checkpoint | None) -> Checkpoint:
@@ -87,17 +96,21 @@ def combine(language: Checkpoint, vision: Checkpoint, projector: Checkpoint | No
 
 def swap(model: Checkpoint, part: str, other: Checkpoint) -> Checkpoint:
     """The model with one of its parts from another checkpoint, which may be a whole model too."""
-    parts = {name: extract(model, name) for name in parts_of(model) if name != part} | {part: extract(other, part)}
-    if "vision" not in parts or LANGUAGE not in parts:
-        raise ConfigError(f"a part can only be swapped in a model with a vision tower: this one has {', '.join(parts)}")
+    held = parts_of(model)
+    if LANGUAGE not in held or len(held) == 1 or "vision" not in (*held, part):
+        raise ConfigError(f"a part can only be swapped in a model with a vision tower: this one has {', '.join(held)}")
+    parts = {name: extract(model, name) for name in held if name != part} | {part: extract(other, part)}
     joined = combine(parts[LANGUAGE], parts["vision"], parts.get("projector"))
-    old = model.config.towers.get(part)
+    old = _language(model.config) if part == LANGUAGE else model.config.towers.get(part)
     return _as_before(joined, model) if old and old.family == parts[part].config.family else joined
 
 
 def _as_before(joined: Checkpoint, model: Checkpoint) -> Checkpoint:
     """A model whose parts are of the same families is still what its config.json says it is."""
-    files = {**joined.extras.files, **{k: v for k, v in model.extras.files.items() if k == CONFIG}}
+    files = {
+        **joined.extras.files,
+        **{name: model.extras.files[name] for name in OF_WHOLE if name in model.extras.files},
+    }
     config = replace(joined.config, family=model.config.family, raw=model.config.raw)
     return replace(joined, config=config, extras=replace(joined.extras, files=files))
 
@@ -119,11 +132,12 @@ def check_fit(config: ModelConfig) -> None:
 
 
 def _beside(found: Dict[str, Checkpoint]) -> Extras:
-    """The language model's, with every part's notes and training state told."""
+    """The language model's, with what says how images come to the tower; every part's notes and training state are told."""
     extras = found[LANGUAGE].extras
     notes = tuple(note for checkpoint in found.values() for note in checkpoint.extras.notes)
     state = [word for checkpoint in found.values() for word in checkpoint.extras.state]
-    files = {name: source for part in (*found, LANGUAGE) for name, source in found[part].extras.files.items()}
+    of_tower = {name: source for name, source in found["vision"].extras.files.items() if _goes_with("vision", name)}
+    files = of_tower | {name: source for name, source in extras.files.items() if name not in of_tower}
     scratch = tuple(path for checkpoint in found.values() for path in checkpoint.extras.scratch)
     objects = {**extras.objects, "state": state}
     return replace(extras, notes=tuple(dict.fromkeys(notes)), files=files, objects=objects, scratch=scratch)

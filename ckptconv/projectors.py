@@ -18,6 +18,8 @@ from ckptconv.tensor import Shape, Tensor
 from ckptconv.topology import even
 from ckptconv.values import Cast
 
+LARGEST_STD = 1e3  # far beyond any use, and far from what fp16 cannot hold
+
 
 @dataclass(frozen=True, slots=True)
 class Kind:
@@ -98,7 +100,7 @@ def _read(how: str) -> tuple[float, int]:
         return 0.0, 0
     found = re.fullmatch(r"normal:(\d*\.?\d+(?:e-?\d+)?):(\d{1,19})", how)
     std, seed = (float(found[1]), int(found[2])) if found else (0.0, 0)
-    if not 0 < std < math.inf:
+    if not 0 < std < LARGEST_STD:
         raise UsageError(f"--init-projector {how}: expected zeros, or normal:STD:SEED such as normal:0.02:1")
     return std, seed
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ckptconv.cli.options import (
     COUNT,
@@ -58,6 +59,7 @@ PART = "lm|vision|projector"
 @click.option("--init", default="mean", show_default=True, metavar="mean|zero|last", help="What new rows are.")
 @click.option("--loader-vision", metavar="FORMAT", help="Format of VISION; its options: --loader-vision.X.")
 @click.option("--loader-projector", metavar="FORMAT", help="Format of the projector's checkpoint.")
+@click.option("--family-vision", metavar="NAME", help="Family of VISION, where it does not say; --family is LM's.")
 @dry_run_option
 @layout_options
 @source_options
@@ -70,12 +72,16 @@ def combine(ctx: click.Context, /, lm: Path, vision: Path, dst: Path, saver: str
     from ckptconv.combine import prepare_combine, prepare_swap
     from ckptconv.pipeline import check_places
 
+    named = ctx.get_parameter_source("projector") is ParameterSource.COMMANDLINE
+    if named and params["projector"] == "none" and params["init_projector"]:
+        raise UsageError("--projector none and --init-projector: without a projector, or with a new one")
     sources = [lm, vision, *([Path(params["projector"])] if params["projector"] != "none" else [])]
     for source in sources:
         check_places(source, dst)
+    families = (params["family"], params["family_vision"], None)
     jobs = [
-        make_job(ctx, path, saver, params, side)
-        for path, side in zip(sources, ("", "-vision", "-projector"), strict=False)
+        make_job(ctx, path, saver, {**params, "family": family}, side)
+        for path, side, family in zip(sources, ("", "-vision", "-projector"), families, strict=False)
     ]
     dtypes = {part: params[f"{part}_dtype"] for part in ("lm", "vision", "projector")}
     said: dict[str, Any] = {"kind": params["kind"], "dtypes": dtypes}

@@ -165,7 +165,7 @@ saver_option = click.option(
     "--saver",
     required=True,
     metavar="FORMAT",
-    help="Format to write: hf, mcore, mcore-dist, legacy (see ckptconv formats).",
+    help="Format to write: hf, mcore, mcore-dist, legacy, nemo, nemo2 (see ckptconv formats).",
 )
 conversion_options = _stack(
     click.argument("src", type=PATH),

@@ -43,8 +43,8 @@ def carry_out(prepared: Prepared, dst: Path, params: dict[str, Any], more: dict[
         if facts["memory_needed"] > options.memory:
             click.echo(f"note: --memory {params['memory']} is too small: this would be refused", err=True)
         return
+    usage = prepared.usage(str(dst))  # now: it may look into scratch files, which go when the result is there
     report = execute(prepared.plan, dst, options, progress(quiet=params["quiet"] or params["as_json"]))
-    usage = prepared.usage(str(dst))
     if params["as_json"]:
         losses = {name: loss._asdict() for name, loss in report.losses.items()}
         told = {**asdict(report), "losses": losses}

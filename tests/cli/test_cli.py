@@ -33,7 +33,7 @@ COMMANDS = {
     "plan convert": f"--saver {LAYOUT} {SOURCE} {CHANGE} {RUN} {OUTPUT}",
     "plan reshard": f"{LAYOUT} {SOURCE} {CHANGE} {RUN} {OUTPUT}",
     "combine": "--saver --projector --init-projector --vocab-rows --init "
-    "--as --replace --lm.dtype --vision.dtype --projector.dtype --loader-vision --loader-projector "
+    "--as --replace --lm.dtype --vision.dtype --projector.dtype --loader-vision --loader-projector --family-vision "
     f"--dry-run {LAYOUT} {SOURCE} {CHANGE} {RUN} {OUTPUT}",
     "extract": f"--part --saver --dry-run {LAYOUT} {SOURCE} {CHANGE} {RUN} {OUTPUT}",
     "inspect": f"--tensors --json {SOURCE}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import pytest
 import torch
 
 from ckptconv.canonicalize import canonicalize
-from ckptconv.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER, STATE, Key
-from ckptconv.errors import FormatError
+from ckptconv.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER, STATE, Checkpoint, Key
+from ckptconv.errors import ConfigError, FormatError
 from tests.judge.ranks import Layout
 from tests.optim.conftest import RUNS, Get
-from tests.optim.convert import Array, at, converted, moved, slots, stored
+from tests.optim.convert import Array, at, converted, edited, moved, slots, stored
 from tests.optim.rank_runs import FLAT_FILE, NAMED, RANK_FILE
 
 FILED = {"master": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
@@ -219,6 +220,49 @@ def test_before_the_first_update_weights_of_fp32_become_masters(
     for name, _ in exact:
         np.testing.assert_array_equal(held[Key(name, MASTER)].numpy(), exact[Key(name)].numpy(), name)
         assert not any(held[Key(name, slot)].numpy().any() for slot in moments)
+
+
+@pytest.fixture
+def uncounted(golden: Path, tmp_path: Path) -> Path:
+    """Lists with moments of every parameter after 0 updates, as a run holds them that was taken up without its count."""
+    folder = converted(golden, tmp_path / "uncounted", saver_options={"distributed_optimizer": False})
+    for path in folder.rglob(RANK_FILE):
+        saved = torch.load(path, weights_only=False)
+        for held in saved["optimizer"]["optimizer"]["state"].values():
+            held["step"] *= 0
+        torch.save(saved, path)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("saver", "distributed"), [("mcore", False), ("mcore", True), ("mcore-dist", False), ("mcore-dist", True)]
+)
+def test_moments_are_kept_after_no_update(saver: str, distributed: bool, uncounted: Path, tmp_path: Path) -> None:
+    out = converted(uncounted, tmp_path / "out", saver=saver, saver_options={"distributed_optimizer": distributed})
+    before, after = canonicalize(stored(uncounted)).tensors, canonicalize(stored(out)).tensors
+    assert after.keys() == before.keys()
+    assert {key.slot for key in after} == {"param", *STATE}
+    for key, tensor in before.items():
+        np.testing.assert_array_equal(after[key].numpy(), tensor.numpy(), str(key))
+
+
+def test_moments_of_some_ranks_alone_are_half_a_state(uncounted: Path, tmp_path: Path) -> None:
+    path = next(uncounted.rglob("mp_rank_01/" + RANK_FILE))
+    saved = torch.load(path, weights_only=False)
+    saved["optimizer"]["optimizer"]["state"].clear()
+    torch.save(saved, path)
+    with pytest.raises(FormatError, match="no rank has the state of 27 parameters"):
+        converted(uncounted, tmp_path / "out", tp=1)
+
+
+def test_one_moment_without_the_other_is_half_a_state(uncounted: Path, tmp_path: Path) -> None:
+    """Also after 0 updates, where both may be missing."""
+
+    def one(whole: Checkpoint) -> Checkpoint:
+        return replace(whole, tensors={key: t for key, t in whole.tensors.items() if key.slot != EXP_AVG_SQ})
+
+    with pytest.raises(ConfigError, match="has no exp_avg_sq"):
+        edited(uncounted, one, tmp_path / "out")
 
 
 def test_rows_of_padding_have_no_moments(golden: Path, tmp_path: Path) -> None:

@@ -72,9 +72,18 @@ def _other_count(entry: Entry, group: Settings, numbers: object, expected: int) 
 
 
 def write(
-    groups: Sequence[Settings], members: Sequence[Member], slots: dict[Slot, Tensor], updates: int, fused: bool
+    groups: Sequence[Settings],
+    members: Sequence[Member],
+    slots: dict[Slot, Tensor],
+    updates: int,
+    *,
+    fused: bool,
+    moments: bool,
 ) -> dict[object, object]:
-    """The torch optimizer's own dictionary. FusedAdam counts updates in its groups, torch's with each parameter."""
+    """The torch optimizer's own dictionary. FusedAdam counts updates in its groups, torch's with each parameter.
+
+    `moments`: there are any; torch's optimizer makes them at its first update, and until then has no state.
+    """
     numbers = count()
     state: dict[object, object] = {}
     rows: list[object] = []
@@ -82,7 +91,7 @@ def write(
         numbered = [(next(numbers), m) for m in members if m.decays == has_decay(settings)]
         for number, member in numbered:
             held: dict[object, object] = {} if fused else {"step": full((), FP32, updates)}
-            if updates:
+            if moments:
                 state[number] = held | {slot: slots[member, slot] for slot in (EXP_AVG, EXP_AVG_SQ)}
         step = {"step": updates} if fused else {}
         rows.append({**settings, **step, "params": [number for number, _ in numbered]})

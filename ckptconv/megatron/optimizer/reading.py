@@ -54,7 +54,8 @@ def _refuse_lost(
         pp, tp, ep = process
         return (pp, tp % etp, ep) if member.expert else (pp, tp)
 
-    needed = {(holder(p, m), m, slot) for p, members in wanted.items() for m in members for slot in _needed(m, updates)}
+    moments = updates > 0 or any(slot == EXP_AVG for held in slots.values() for _, slot in held)
+    needed = {(holder(p, m), m, slot) for p, members in wanted.items() for m in members for slot in _needed(m, moments)}
     lost = needed - {(holder(p, m), m, slot) for p, held in slots.items() for m, slot in held}
     if lost:
         count = len({(place[0], place[2:], member) for place, member, _ in lost})  # not each tensor rank's part
@@ -66,9 +67,9 @@ def _refuse_lost(
         raise FormatError("the optimizer", f"no rank has the state of {count} parameters:\n  " + "\n  ".join(told[:8]))
 
 
-def _needed(member: Member, updates: int) -> tuple[str, ...]:
+def _needed(member: Member, moments: bool) -> tuple[str, ...]:
     masters = () if member.dtype == FP32 else (MASTER,)
-    return (*masters, EXP_AVG, EXP_AVG_SQ) if updates else masters
+    return (*masters, EXP_AVG, EXP_AVG_SQ) if moments else masters
 
 
 def _of_rank(slots: Dict[Process, Dict[Slot, Tensor]], rank: Rank) -> dict[Key, Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping as Dict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ckptconv.checkpoint import Key, Stored, TrainingState
+from ckptconv.checkpoint import EXP_AVG, Key, Stored, TrainingState
 from ckptconv.dtypes import FP32, DType
 from ckptconv.errors import ConfigError
 from ckptconv.megatron.grid import Process
@@ -84,11 +84,16 @@ class Writer:
         else:
             own = self.own(process, expert)
             slots = self.slots(process, own)
-            inner = lists.write(groups, own, slots, updates, self.fused)
+            inner = lists.write(groups, own, slots, updates, fused=self.fused, moments=self.moments)
             if not self.half:
                 return inner
             saved = {"optimizer": inner, "fp32_from_fp16_params": lists.masters(groups, own, slots)}
         return saved | ({} if self.training.grad_scaler is None else {"grad_scaler": self.training.grad_scaler})
+
+    @property
+    def moments(self) -> bool:
+        """Whether any are stored: also after 0 updates they may be."""
+        return any(key.slot == EXP_AVG for tensors in self.stored.ranks.values() for key in tensors)
 
     @property
     def fused(self) -> bool:

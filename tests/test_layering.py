@@ -31,10 +31,10 @@ canonicalize localize dialect passes parts tower_passes projectors
 containers
 formats
 huggingface
-formats.hf formats.openai_clip formats.mm_projector
+formats.hf formats.openai_clip
 megatron
 nemo
-formats.mcore formats.legacy
+formats.mcore formats.legacy formats.mm_projector
 formats.dcp
 formats.mcore_dist formats.nemo formats.nemo2 formats.lightning
 registry

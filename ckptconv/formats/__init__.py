@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from ckptconv.checkpoint import Checkpoint, Stored, Target
+from ckptconv.config import ModelConfig
 from ckptconv.errors import ConfigError, TopologyError, UsageError
 from ckptconv.mapping import Mapping
 from ckptconv.plan import Plan
@@ -87,6 +88,15 @@ def refuse_more_than_weights(checkpoint: Checkpoint, topology: Topology, request
         raise TopologyError(f"{title} files hold whole tensors: no --tp, --pp, --vpp, --ep or --etp for them")
     if slots := sorted({k.slot for k in checkpoint.tensors} - {"param"}):
         raise ConfigError(f"{title} files have no place for {', '.join(slots)}; --optimizer drop leaves it out")
+
+
+def refuse_projector_alone(config: ModelConfig, title: str) -> None:
+    """For formats of whole models and of towers."""
+    if config.kind == "projector":
+        raise UsageError(
+            f"{title} has no place for a projector alone; --saver mm-projector writes one, and ckptconv combine --projector "
+            "joins it to a language model and a vision tower"
+        )
 
 
 @dataclass(frozen=True, slots=True)

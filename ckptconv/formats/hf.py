@@ -16,7 +16,7 @@ from ckptconv.containers.dcp_metadata import NAME as METADATA
 from ckptconv.containers.folder import inside
 from ckptconv.dialect import detect, prefix_of
 from ckptconv.errors import CkptconvError, ConfigError, UsageError
-from ckptconv.formats import Request, refuse_more_than_weights
+from ckptconv.formats import Request, refuse_more_than_weights, refuse_projector_alone
 from ckptconv.huggingface.config_codecs import Table
 from ckptconv.huggingface.family_config import (
     USAGE,
@@ -161,6 +161,7 @@ class Hf:
     def target(self, checkpoint: Checkpoint, topology: Topology, options: HfSave, request: Request) -> Target:
         config = checkpoint.config
         parse_size(options.max_shard_size, SHARD_FLAG)
+        refuse_projector_alone(config, "Hugging Face")
         refuse_more_than_weights(checkpoint, topology, request, "Hugging Face")
         mapping = chosen(_family(config, options, request), request.mappings)
         config, donor = self._completed(checkpoint, mapping, options, request)

@@ -1,36 +1,38 @@
-"""Projectors saved alone (mm_projector.bin of LLaVA and NeVA): one file with one or two layers. Only read."""
+"""Projectors saved alone (mm_projector.bin of LLaVA and NeVA): one file with one or two layers."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
-from ckptconv.checkpoint import Key, Stored
+from ckptconv.checkpoint import Checkpoint, Key, Stored, Target
 from ckptconv.config import ModelConfig, projector_config
+from ckptconv.containers import torch_write
 from ckptconv.dialect import detect
-from ckptconv.errors import CkptconvError, FormatError
-from ckptconv.formats import NoOptions, ReadOnly, Request
+from ckptconv.errors import CkptconvError, ConfigError, FormatError, UsageError
+from ckptconv.formats import NoOptions, Request, refuse_more_than_weights
 from ckptconv.huggingface.files import read_tensors
 from ckptconv.mapping_files import chosen
+from ckptconv.nemo.neva_config import problems
+from ckptconv.plan import Plan
 from ckptconv.tensor import Tensor
-from ckptconv.topology import Rank, even
+from ckptconv.topology import Rank, Topology, even
 
 TAIL = "mm_projector."
 
 
-class MmProjector(ReadOnly):
-    """Files that LLaVA's and NeVA's training writes for a projector trained alone."""
+class MmProjector:
+    """Files that LLaVA's and NeVA's training writes for a projector trained alone, and begins with."""
 
     name = "mm-projector"
-    summary = "a projector alone: mm_projector.bin of LLaVA or NeVA (read only)"
+    summary = "a projector alone: mm_projector.bin of LLaVA or NeVA"
     aliases: tuple[str, ...] = ()
     Load = NoOptions
+    Save = NoOptions
 
     def sniff(self, path: Path) -> bool:
         try:
-            return (
-                path.is_file() and path.suffix in (".bin", ".safetensors") and _is_projector(read_tensors(path, False))
-            )
+            return path.is_file() and _is_projector(read_tensors(path, False))
         except CkptconvError:
             return False
 
@@ -45,6 +47,31 @@ class MmProjector(ReadOnly):
         ranks = {Rank(): {Key(name): tensor for name, tensor in tensors.items()}}
         mapping, variant = detect([chosen("mm-projector", request.mappings)], config, even(0), ranks)
         return Stored(self.name, mapping, variant, even(0), config, ranks, {Rank(): str(path)})
+
+    def target(self, checkpoint: Checkpoint, topology: Topology, options: NoOptions, request: Request) -> Target:
+        config = checkpoint.config
+        if config.kind != "projector" or config.towers:
+            raise UsageError(
+                "mm-projector files hold a projector alone: take it out with ckptconv extract SRC DST --part projector"
+            )
+        if found := list(problems(config)):
+            raise ConfigError("\n  ".join(["LLaVA, which reads mm-projector files, has no way to say:", *found]))
+        refuse_more_than_weights(checkpoint, topology, request, "mm-projector")
+        mapping = chosen("mm-projector", request.mappings)
+        names = frozenset(group[0] for group in mapping.variants)  # those that LLaVA finds, whatever the source's
+        return Target(mapping, names, even(0), config.vocab_rows)
+
+    def save(self, stored: Stored, options: NoOptions, request: Request) -> Plan:
+        (tensors,) = stored.ranks.values()
+        state = {key.name: tensor for key, tensor in tensors.items()}
+        return Plan((torch_write.layout("mm_projector.bin", state),), single=True)
+
+    def usage(self, stored: Stored, dst: str, options: NoOptions) -> str:
+        kind = "linear" if stored.config.linear else "mlp2x_gelu"
+        return (
+            f"For LLaVA's training: --mm_projector_type {kind} --pretrain_mm_mlp_adapter {dst}\n"
+            f"As a whole model: ckptconv combine LM TOWER DST --saver hf --as llava --projector {dst}"
+        )
 
 
 def _is_projector(tensors: dict[str, Tensor]) -> bool:

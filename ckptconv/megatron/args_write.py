@@ -7,6 +7,7 @@ from dataclasses import replace
 from ckptconv.config import ModelConfig
 from ckptconv.containers.pickled import Namespace
 from ckptconv.errors import ConfigError
+from ckptconv.formats import refuse_projector_alone
 from ckptconv.megatron.args_multimodal import MULTIMODAL
 from ckptconv.megatron.args_read import llama3_scaling
 from ckptconv.megatron.args_table import FIELDS, Subject, layer_freq
@@ -39,6 +40,7 @@ def bias_problems(config: ModelConfig) -> list[str]:
 def refuse_inexpressible(config: ModelConfig, core: Core, *, legacy: bool) -> None:
     """Models that Megatron of this version would build with other tensors or another forward pass: written files would be wrong."""
     who = f"Megatron-Core {show(core.version)}" + (" (legacy models)" if legacy else "")
+    refuse_projector_alone(config, who)
     problems = bias_problems(config)
     if (config.glu, config.activation) not in ACTIVATIONS:
         problems.append(f"activation {config.activation!r} {'with' if config.glu else 'without'} a gate")

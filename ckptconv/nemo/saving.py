@@ -86,7 +86,8 @@ def refuse_alone(config: ModelConfig, extras: Extras, topology: Topology) -> Non
     layers = raw(extras).get("num_layers")
     if not isinstance(layers, int):
         raise ConfigError(
-            "a NeVA archive of a projector alone says for which language model it is, which only a NeMo source tells"
+            "a NeVA archive of a projector alone says for which language model it is, which only a NeMo source tells; "
+            "--saver mm-projector writes one without"
         )
     if layers % topology.pp:
         raise TopologyError(f"the {layers} layers of the language model cannot be dealt to {topology.pp} equal stages")

@@ -52,6 +52,7 @@ def degrees(layers: int, wanted: dict[str, int]) -> Topology:
 
 
 NO_LANGUAGE_MODELS = {"openai-clip": "clip"}  # formats of ours that hold others -> one of those
+PARTS_ALONE = ("mm-projector",)  # formats of ours that hold what no Hugging Face folder holds alone
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ def test_mistral_and_clip(console: Console, tmp_path: Path, monkeypatch: pytest.
     convert(clip, tmp_path / "ViT-L-14-336px.pt", saver="openai-clip")
     shapes = {"0.weight": (64, 256), "0.bias": (64,), "2.weight": (64, 64), "2.bias": (64,)}
     torch.save({f"model.mm_projector.{n}": torch.rand(s) for n, s in shapes.items()}, "mm_projector.bin")
-    assert len(run("llava-mistral-clip.md", console)) == 11
+    assert len(run("llava-mistral-clip.md", console)) == 12
 
     joined = rank("mistral-clip-tp4", "03")
     assert not [name for name in joined if "projection" in name]
@@ -64,6 +64,9 @@ def test_mistral_and_clip(console: Console, tmp_path: Path, monkeypatch: pytest.
     made, lm = (load_file(Path(folder) / WEIGHTS) for folder in ("llava-1.5-7b", "vicuna-again"))
     assert np.array_equal(made["language_model.lm_head.weight"], lm["lm_head.weight"])
     assert lm["lm_head.weight"].shape == (32064, 64)
+    trained_alone, again = (torch.load(path) for path in ("mm_projector.bin", "projector.bin"))
+    assert list(again) == list(trained_alone)
+    assert all(torch.equal(again[name], value) for name, value in trained_alone.items())
 
 
 def make_parts_of_nvlm(place: Path) -> None:

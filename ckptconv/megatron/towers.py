@@ -96,7 +96,7 @@ def vision(shapes: Dict[str, Shape], tp: int, said: Said, where: str) -> ModelCo
         found = f"{heads} do not divide its {hidden} entries" if heads else "nothing says it"
         raise ConfigError(
             f"{where}: how many attention heads the vision tower has cannot be measured, and {found}; "
-            f"give {HEADS_FLAG} N, or --loader.config FOLDER (its config.json)"
+            f"give {HEADS_FLAG} N, or --loader.config FOLDER (with the config.json of all that the files hold)"
         )
     head_dim = said.config.head_dim if said.config else hidden // heads
     stored = _size(shapes, _PROJ + "weight", 1) * tp // head_dim

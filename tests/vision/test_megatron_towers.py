@@ -39,11 +39,12 @@ def test_heads_of_an_option_and_of_a_config_must_agree(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("saver", ["mcore", "mcore-dist"])
-@pytest.mark.parametrize("kind", ["CLIPVisionModelWithProjection", "SiglipVisionModel"])
+@pytest.mark.parametrize("kind", ["CLIPVisionModelWithProjection", "SiglipVisionModel", "CLIPModel", "SiglipModel"])
 def test_a_tower_taken_out_gets_back_what_megatron_has_no_place_for(kind: str, saver: str, tmp_path: Path) -> None:
-    """CLIP's last norm and projection, SigLIP's pooling head: as for a tower that was alone before."""
+    """CLIP's last norm and projection, SigLIP's pooling head: as for a tower that was alone before, in Megatron's files too."""
     language, source = make_hf(tmp_path / "lm", "llama"), make_tower(tmp_path / "vision", kind)
-    joined = prepare_combine(Job(language, saver=saver), Job(source), kind="llava", init_projector="zeros")
+    convert(source, tmp_path / "tp2", saver="mcore", tp=2, execute_options=QUICK)
+    joined = prepare_combine(Job(language, saver=saver), Job(tmp_path / "tp2"), kind="llava", init_projector="zeros")
     execute(joined.plan, tmp_path / "whole", QUICK)
     alone = Job(tmp_path / "whole", saver="hf", saver_options={"template": source})
     execute(prepare_extract(alone, "vision").plan, tmp_path / "back", QUICK)

@@ -34,7 +34,11 @@ class NemoLoad:
     )
     scratch: Path | None = field(default=None, metadata={"help": "folder to unpack a gzip'ed archive into, once"})
     tokenizer: Path | None = field(
-        default=None, metadata={"help": "sentencepiece model, where the archive has none: says the true vocabulary"}
+        default=None,
+        metadata={
+            "help": "sentencepiece model or folder of a Hugging Face tokenizer, where the archive has none: says the true vocabulary, "
+            "and travels along"
+        },
     )
     vision_encoder: Path | None = field(
         default=None,
@@ -105,7 +109,16 @@ class NemoSave:
         },
     )
     tokenizer: Path | None = field(
-        default=None, metadata={"help": "sentencepiece model to pack (default: the source's)"}
+        default=None,
+        metadata={
+            "help": "sentencepiece model to pack, or folder of a Hugging Face tokenizer that NeMo is to load (default: the source's)"
+        },
+    )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "name or folder that NeMo loads a Hugging Face tokenizer by (default: what the source is called)"
+        },
     )
     pack: bool = field(default=True, metadata={"help": "one .nemo file; false: the folder it unpacks to"})
 
@@ -132,7 +145,7 @@ class Nemo:
         form = _form(options, saving.raw(checkpoint.extras), checkpoint.origin.variant)
         saving.refuse_alone(config, checkpoint.extras, topology)
         refuse_inexpressible(config, topology, form)
-        rows = saving.rows(checkpoint, topology, options.tokenizer, request)
+        rows = saving.rows(checkpoint, topology, _tokenizer(options), request)
         fill = _fill(options, config, rows)
         distributed = _distributed(options, form, topology, _has_ranks(checkpoint))
         name, variant = _language(form, config, distributed=distributed)
@@ -153,7 +166,7 @@ class Nemo:
             f"from {module} import {name}",
             f"model = {name}.restore_from(restore_path={dst!r}, trainer=trainer)",
         ]
-        told = saving.notes(stored, options.tokenizer, _encoder(options))
+        told = saving.notes(stored, _tokenizer(options), _encoder(options))
         return "\n".join([*lines, *(f"note: {note}" for note in told)])
 
 
@@ -169,6 +182,10 @@ def _form(options: NemoSave, source: Dict[str, object], variant: frozenset[str])
 
 def _encoder(options: NemoSave) -> neva_config.Encoder:
     return neva_config.Encoder(options.vision_encoder, options.frozen_vision)
+
+
+def _tokenizer(options: NemoSave) -> saving.GivenTokenizer:
+    return saving.GivenTokenizer(options.tokenizer, options.tokenizer_name)
 
 
 def _without_encoder(mapping: Mapping) -> Mapping:
@@ -240,7 +257,7 @@ def _archive(stored: Stored, options: NemoSave) -> saving.Archive:
         ExtraState(Core(OLDEST), te, "sequential", legacy=not form.mcore),
         distributed=_is_distributed(stored, options, form),
         filing=Filing(options.backend or TORCH_DIST, 2),
-        tokenizer=options.tokenizer,
+        tokenizer=_tokenizer(options),
         encoder=_encoder(options),
         pack=options.pack,
     )

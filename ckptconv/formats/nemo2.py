@@ -8,9 +8,8 @@ from pathlib import Path
 from ckptconv.checkpoint import Checkpoint, Extras, Stored, Target
 from ckptconv.config import ModelConfig
 from ckptconv.containers import json_file, storage
-from ckptconv.errors import ConfigError, FormatError, TopologyError, UsageError
+from ckptconv.errors import ConfigError, FormatError, TopologyError
 from ckptconv.formats import Request
-from ckptconv.huggingface.files import side_files
 from ckptconv.mapping_files import chosen
 from ckptconv.megatron import hf_beside
 from ckptconv.megatron.args_write import dynamic_rope
@@ -20,7 +19,7 @@ from ckptconv.megatron.versions import LOCAL, PORTABLE_TE, TE, show
 from ckptconv.nemo import context, context_write, distributed, folder_write, saving, tokenizer_files
 from ckptconv.nemo.run_state import refuse_unfinished
 from ckptconv.plan import Plan
-from ckptconv.source import Source, whole
+from ckptconv.source import Source
 from ckptconv.topology import Topology, even
 
 WEIGHTS = folder_write.WEIGHTS
@@ -143,10 +142,4 @@ def _divisor(config: ModelConfig, extras: Extras, request: Request) -> int:
 
 def _tokenizer(given: Path | None, extras: Extras) -> dict[str, Source]:
     """The tokenizer's files by their usual names."""
-    if given is None:
-        return dict(extras.files)
-    if given.is_dir():
-        return side_files(given)
-    if not given.is_file():
-        raise UsageError(f"--saver.tokenizer {given}: no such file; give a sentencepiece model or a folder")
-    return {tokenizer_files.SENTENCEPIECE: whole(str(given))}
+    return dict(extras.files) if given is None else tokenizer_files.given(given, "--saver.tokenizer")

@@ -12,7 +12,7 @@ from ckptconv.dtypes import BY_TORCH, DType
 from ckptconv.errors import ConfigError, FormatError
 from ckptconv.huggingface.files import side_files
 from ckptconv.megatron.args_read import UNSUPPORTED, Statement, model_fields, refuse_unsupported
-from ckptconv.nemo import io_json, tokenizer_files, yaml_file
+from ckptconv.nemo import io_json, tokenizer_files, vocabulary, yaml_file
 from ckptconv.nemo.io_json import TARGET, Table
 from ckptconv.source import Source, whole
 
@@ -61,11 +61,15 @@ SPELLED = (
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """`raw` is the configuration of the model, its class under `_target_`; `files` are the tokenizer's."""
+    """`raw` is the configuration of the model, its class under `_target_`; `files` are the tokenizer's.
+
+    `true`: the size of the vocabulary as our key has it.
+    """
 
     where: str
     raw: Table
     files: dict[str, Source] = field(default_factory=dict)
+    true: int | None = None
 
     @property
     def family(self) -> str | None:
@@ -84,24 +88,25 @@ class Context:
     @property
     def notes(self) -> tuple[str, ...]:
         """What may not be meant as it is said."""
+        doubt = vocabulary.doubt(self.preset, self.vocabulary, f"{self.where}: vocab_size")
         match self.raw.get("window_size"):
             case [int() as before, _]:
                 note = (
                     f"{self.where}: window_size lets a token see itself and {before} before it; NeMo's importers write the "
                     f"sliding_window of Hugging Face there, which counts the token too (the model may have had {before})"
                 )
-                return (note,)
-        return ()
+                return (note, *doubt)
+        return doubt
+
+    @property
+    def preset(self) -> int | None:
+        """The rows that NeMo builds whatever the tokenizer."""
+        return vocabulary.number(self.raw, "vocab_size", self.where)
 
     @property
     def vocabulary(self) -> int | None:
-        """The true size: what the model was made for whatever its tokenizer, else the tokens there are, else unknown."""
-        preset = self.raw.get("vocab_size")
-        if preset is None:
-            return tokenizer_files.tokens(self.files)
-        if isinstance(preset, bool) or not isinstance(preset, int) or preset < 1:
-            raise ConfigError(f"{self.where}: vocab_size is {preset!r}: it must be a whole number above 0")
-        return preset
+        """The true size, see `vocabulary.true_size`."""
+        return vocabulary.true_size(self.true, self.preset, tokenizer_files.tokens(self.files))
 
 
 def folder_of(path: Path) -> Path:
@@ -121,14 +126,17 @@ def read(path: Path) -> Context | None:
         where = f"{folder.name}/{YAML}"
         text = json_file.read_bytes(inside(folder, YAML), yaml_file.MAX_BYTES)
         model = yaml_file.read(text, folder / YAML)
+        true = vocabulary.number(model, vocabulary.KEY, where)
     elif (folder / io_json.NAME).exists():
         where = f"{folder.name}/{io_json.NAME}"
         root = io_json.read(json_file.read_bytes(inside(folder, io_json.NAME)), str(folder / io_json.NAME))
         model = _table(root, "model", folder / io_json.NAME)
+        extra = root.get("extra")
+        true = vocabulary.number(extra, vocabulary.KEY, where) if isinstance(extra, dict) else None
     else:
         return None
     raw = _table(model, "config", folder / where.rpartition("/")[2])
-    return Context(where, raw, _tokenizer(folder, model.get("tokenizer")))
+    return Context(where, raw, _tokenizer(folder, model.get("tokenizer")), true)
 
 
 def _table(parent: Table, key: str, where: Path) -> Table:

@@ -12,7 +12,7 @@ from ckptconv.megatron.args_table import moe_fields
 from ckptconv.megatron.args_write import refuse_inexpressible as refuse_for_megatron
 from ckptconv.megatron.saving import final_file
 from ckptconv.megatron.versions import NEWEST, Core
-from ckptconv.nemo import io_json, tokenizer_files, yaml_file
+from ckptconv.nemo import io_json, tokenizer_files, vocabulary, yaml_file
 from ckptconv.nemo.context import ACTIVATIONS, FOLDER, MODELS, SCALING, YAML
 from ckptconv.nemo.io_json import TARGET, Table, reference
 from ckptconv.plan import File
@@ -61,9 +61,10 @@ def files(config: ModelConfig, dtype: DType, divisor: int, tokenizer: Dict[str, 
         "strategy": strategy,
         "devices": 1,
     }
-    root: Table = {TARGET: "nemo.lightning.io.pl.TrainerContext", "model": model, "trainer": trainer, "extra": {}}
+    true = _true_size(config, model["config"], tokenizer)
+    root: Table = {TARGET: "nemo.lightning.io.pl.TrainerContext", "model": model, "trainer": trainer, "extra": true}
     return [
-        final_file(f"{FOLDER}/{YAML}", yaml_file.dump(model)),
+        final_file(f"{FOLDER}/{YAML}", yaml_file.dump({**model, **true})),
         final_file(f"{FOLDER}/{io_json.NAME}", io_json.write(root)),
     ]
 
@@ -146,9 +147,16 @@ def _precision(dtype: DType) -> Table:
 def _vocabulary(config: ModelConfig, divisor: int, tokens: int | None, *, preset: bool) -> Table:
     """What makes NeMo build an embedding of these rows: it pads the tokens it finds, unless told the rows (2.3 and newer)."""
     padded: Table = {"make_vocab_size_divisible_by": divisor}
-    if not preset and tokens is not None and -(-tokens // divisor) * divisor == config.vocab_rows:
-        return padded
-    return {**padded, "vocab_size": config.vocab_rows}
+    by_itself = None if tokens is None or preset else -(-tokens // divisor) * divisor
+    told = config.vocab is not None and by_itself == config.vocab_rows
+    return padded if told else {**padded, "vocab_size": config.vocab_rows}
+
+
+def _true_size(config: ModelConfig, fields: object, tokenizer: Dict[str, Source]) -> Table:
+    """The true size of the vocabulary, where a reader would not come to it; beside the model, whose class takes no keys of ours."""
+    preset = vocabulary.number(fields, "vocab_size", YAML) if isinstance(fields, dict) else None
+    told = vocabulary.true_size(None, preset, tokenizer_files.tokens(tokenizer))
+    return {} if config.vocab in (None, told) else {vocabulary.KEY: config.vocab}
 
 
 def _tokenizer(tokenizer: Dict[str, Source]) -> Table:

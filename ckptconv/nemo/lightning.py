@@ -24,14 +24,13 @@ from ckptconv.megatron.rank_file import RankContent, model_tensors
 from ckptconv.nemo import artifacts, distributed, model_config, omegaconf, yaml_file
 from ckptconv.nemo.model_config import NemoConfig
 from ckptconv.nemo.names import LEGACY, joined_gates, prefix_of
-from ckptconv.nemo.run_state import HYPER, WEIGHTS, RunState, refuse_unfinished, run_state
+from ckptconv.nemo.run_state import HYPER, WEIGHTS, RunState, chunk_keys, refuse_unfinished, run_state
 from ckptconv.tensor import Tensor
 
 SUFFIX = ".ckpt"
 _RANK = re.compile(
     r"(?=.)(?:mp_rank_(?P<mp>\d{2,6})|tp_rank_(?P<tp>\d{2,6})_pp_rank_(?P<pp>\d{3,6}))?(?:(?:^|_)fsdp_shard_(?P<dp>\d{5,6}))?"
 )
-_CHUNK = re.compile(r"model\d{1,3}")
 Saved = dict[object, object]
 
 
@@ -119,7 +118,7 @@ def configuration(saved: Dict[object, object], where: str) -> NemoConfig | None:
 def _said(nemo: NemoConfig | None, request: Request) -> Statement | None:
     if nemo is None:
         return None
-    return model_config.statement(nemo, request.vocab or model_config.vocabulary(nemo, None))
+    return model_config.statement(nemo, request.vocab or model_config.true_vocabulary(nemo, None))
 
 
 def _finished(stored: Stored, nemo: NemoConfig | None, run: RunState | None) -> Stored:
@@ -138,20 +137,15 @@ def _settings(nemo: NemoConfig) -> dict[str, object]:
 
 def _read(path: Path, *, check: bool) -> Saved:
     saved = torch_file.read(path, check=check, calls=omegaconf.CALLS)
-    if not isinstance(saved, dict) or (WEIGHTS not in saved and not _chunk_keys(saved)):
+    if not isinstance(saved, dict) or (WEIGHTS not in saved and not chunk_keys(saved)):
         raise FormatError(path, f"is no checkpoint of Lightning: expected a dictionary with {WEIGHTS}")
     return saved
-
-
-def _chunk_keys(saved: Saved) -> list[str]:
-    """`model0`, `model1`, … of an interleaved pipeline, which then has nothing in state_dict."""
-    return sorted((k for k in saved if isinstance(k, str) and _CHUNK.fullmatch(k)), key=lambda k: int(k[5:]))
 
 
 def _chunks(saved: list[Saved], files: RankFiles) -> tuple[dict[str, Tensor], ...]:
     """The model's tensors of one rank, put together from its shards."""
     chunks = []
-    for key in _chunk_keys(saved[0]) or [WEIGHTS]:
+    for key in chunk_keys(saved[0]) or [WEIGHTS]:
         where = f"{files.paths[0]}: {key}"
         held = [one.get(key) for one in saved]
         tables = [table for table in held if isinstance(table, dict)]

@@ -36,13 +36,13 @@ from ckptconv.megatron.hf_beside import Beside
 from ckptconv.megatron.loading import Kind, from_ranks
 from ckptconv.megatron.measure import MCORE
 from ckptconv.megatron.rank_file import KNOWN, RankContent, model_tensors, state_of, step_of
-from ckptconv.nemo import artifacts, distributed, model_config, neva
+from ckptconv.nemo import artifacts, distributed, model_config, neva, tokenizer_files, vocabulary
 from ckptconv.nemo.artifacts import Artifact
 from ckptconv.nemo.model_config import NemoConfig
 from ckptconv.nemo.names import LEGACY, is_legacy, joined_gates, prefix_of
 from ckptconv.nemo.neva import Encoder, Given
 from ckptconv.sizes import human
-from ckptconv.source import Source, whole
+from ckptconv.source import Source
 from ckptconv.topology import Rank
 
 WEIGHTS, DISTRIBUTED = "model_weights.ckpt", "model_weights/"
@@ -54,17 +54,18 @@ KINDS = {  # what a dialect says; distributed tensors have the same names with T
     "nemo-mcore-local": {"mcore_gpt": True, "transformer_engine": False},
 }
 MAX_CONFIG, MAX_TOKENIZER = 4 << 20, 64 << 20
-TOKENIZER = "tokenizer.model"
+TOKENIZER, TOKENIZER_FLAG = "tokenizer.model", "--loader.tokenizer"
 RANK_FILES = "nemo_rank_files"  # among the objects: the weights were filed by rank
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """An archive, its configuration, the sentencepiece model (what the vocabulary is known by), and the files referred to."""
+    """An archive, its configuration, the files of the tokenizer (`given` with --loader.tokenizer, or packed), and those referred to."""
 
     archive: Tar
     config: NemoConfig
-    tokenizer: Source | None
+    tokenizer: dict[str, Source]
+    given: bool
     artifacts: tuple[Artifact, ...]
     notes: tuple[str, ...] = ()
     scratch: tuple[str, ...] = ()
@@ -101,8 +102,10 @@ def open_archive(path: Path, scratch: Path | None, tokenizer: Path | None, *, pl
     config = model_config.read(content(member, where, MAX_CONFIG), where, plain_rope=plain_rope)
     found = artifacts.find(config.raw, [name for name in archive.members if not _is_own(name)], where)
     packed = next((a.member for a in found if a.key == artifacts.MODEL and a.member and config.sentencepiece), None)
-    given = whole(str(tokenizer)) if tokenizer is not None else None
-    return Opened(archive, config, given or (archive.members[packed] if packed else None), found, notes, made)
+    files = {TOKENIZER: archive.members[packed]} if packed else {}
+    if tokenizer is not None:
+        files = tokenizer_files.given(tokenizer, TOKENIZER_FLAG)
+    return Opened(archive, config, files, tokenizer is not None, found, notes, made)
 
 
 def _is_own(name: str) -> bool:
@@ -140,8 +143,8 @@ def load(
 ) -> Stored:
     """Describe the checkpoint from the headers of its members."""
     nemo, archive = opened.config, opened.archive
-    tokens = content(opened.tokenizer, f"{path}!{TOKENIZER}", MAX_TOKENIZER) if opened.tokenizer else None
-    said = model_config.statement(nemo, request.vocab or model_config.vocabulary(nemo, tokens, f"{path}!{TOKENIZER}"))
+    vocab = request.vocab or model_config.true_vocabulary(nemo, _tokens(path, opened), given=opened.given)
+    said = model_config.statement(nemo, vocab)
     beside = hf_beside.find(config, None, request)
     forms = _forms(archive)
     if len(forms) > 1:
@@ -150,12 +153,21 @@ def load(
     inside = archive.below(DISTRIBUTED.removesuffix("/"))
     stored = _whole(inside, told) if inside else _of_ranks(_ranks(path, archive, check=request.check), told)
     referred = {a.member: archive.members[a.member] for a in opened.artifacts if a.member}
-    files = {**stored.extras.files, **referred, **({TOKENIZER: opened.tokenizer} if opened.tokenizer else {})}
+    files = {**stored.extras.files, **referred, **opened.tokenizer}
     filed = {} if inside else {RANK_FILES: True}
     objects = {**stored.extras.objects, "nemo": nemo.raw | _kind_of(stored.mapping, nemo), **filed}
-    notes = (*opened.notes, *nemo.notes, *stored.extras.notes, *_behind(opened), *_frozen(stored, nemo))
+    doubt = vocabulary.doubt(nemo.override, stored.config.vocab, f"{model_config.NAME}: override_vocab_size")
+    notes = (*opened.notes, *nemo.notes, *doubt, *stored.extras.notes, *_behind(opened), *_frozen(stored, nemo))
     extras = replace(stored.extras, files=files, objects=objects, notes=notes, scratch=opened.scratch)
     return replace(stored, config=replace(stored.config, dtype=nemo.dtype), extras=extras)
+
+
+def _tokens(path: Path, opened: Opened) -> int | None:
+    """How many tokens NeMo finds in the tokenizer that is at hand."""
+    if tokenizer_files.of_hugging_face(opened.tokenizer) or TOKENIZER not in opened.tokenizer:
+        return tokenizer_files.tokens(opened.tokenizer)
+    where = f"{path}!{TOKENIZER}"
+    return model_config.tokens(opened.config, content(opened.tokenizer[TOKENIZER], where, MAX_TOKENIZER), where)
 
 
 def _frozen(stored: Stored, nemo: NemoConfig) -> Iterator[str]:
@@ -184,6 +196,11 @@ def _behind(opened: Opened) -> Iterator[str]:
     model = next((a.member for a in opened.artifacts if a.key == artifacts.MODEL and opened.config.sentencepiece), None)
     if other := sorted(name for name in referred if name and name != model):
         yield f"travel to another .nemo archive, and nowhere else: {', '.join(other)}"
+    if opened.config.tokenizer.get("library") == "huggingface" and not opened.given:
+        yield (
+            f"the tokenizer is not packed: NeMo takes {opened.config.tokenizer.get('type')} of Hugging Face; {TOKENIZER_FLAG} FOLDER "
+            "brings its files and says how many tokens it has"
+        )
     rest = [name for name in opened.archive.members if not _is_own(name) and name not in referred]
     if rest := sorted(name for name in rest if not any(fnmatchcase(name, pattern) for pattern in UNMENTIONED)):
         yield f"left behind in the archive: {', '.join(rest)}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ckptconv.dtypes import DTYPES, DType
 from ckptconv.errors import ConfigError
 from ckptconv.megatron.args_read import UNSUPPORTED, Statement, layout, model_fields, refuse_unsupported
-from ckptconv.nemo import sentencepiece, yaml_file
+from ckptconv.nemo import sentencepiece, vocabulary, yaml_file
 
 NAME = "model_config.yaml"
 SECTIONS = ("model", "cfg")  # of a whole training configuration, and of a Lightning checkpoint's hyper parameters
@@ -83,6 +83,11 @@ class NemoConfig:
         return self.tokenizer.get("library") in (None, "sentencepiece")
 
     @property
+    def override(self) -> int | None:
+        """The rows that NeMo builds whatever the tokenizer."""
+        return vocabulary.number(self.raw, "override_vocab_size", self.where)
+
+    @property
     def multimodal(self) -> bool:
         """Whether there is an image encoder or its projector beside the language model (NeVA)."""
         return bool(self.raw.get("mm_cfg"))
@@ -131,13 +136,14 @@ def statement(nemo: NemoConfig, vocab: int | None) -> Statement:
     )
 
 
-def vocabulary(nemo: NemoConfig, tokenizer: bytes | None, where: object = "tokenizer.model") -> int | None:
-    """The true size: what the model was made for whatever its tokenizer, else the tokens of a sentencepiece `tokenizer`, else unknown."""
-    override = nemo.args.get("padded_vocab_size")
-    if isinstance(override, int):
-        return override
-    if tokenizer is None or not nemo.sentencepiece:
-        return None
+def true_vocabulary(nemo: NemoConfig, tokens: int | None, *, given: bool = False) -> int | None:
+    """The true size, see `vocabulary.true_size`; `given`: the tokens are those of a tokenizer that the user names."""
+    ours = vocabulary.number(nemo.raw, vocabulary.KEY, nemo.where)
+    return vocabulary.true_size(ours, nemo.override, tokens, given=given)
+
+
+def tokens(nemo: NemoConfig, tokenizer: bytes, where: object = "tokenizer.model") -> int | None:
+    """How many NeMo finds in the sentencepiece model of an archive."""
     pieces = sentencepiece.pieces(tokenizer, where)
     more = nemo.tokenizer.get("additional_special_tokens")
     if not more or not nemo.tokenizer.get("sentencepiece_legacy"):
@@ -171,9 +177,7 @@ def _args(raw: Dict[str, object], where: str, plain_rope: bool) -> tuple[dict[st
     args["num_experts"] = raw.get("num_moe_experts")
     shared = _flag(raw, "share_embeddings_and_output_weights", where)
     args["untie_embeddings_and_output_weights"] = shared is False  # NeMo ties them where the file is silent
-    if (override := raw.get("override_vocab_size")) is not None:
-        if isinstance(override, bool) or not isinstance(override, int) or override < 1:
-            raise ConfigError(f"{where}: override_vocab_size is {_short(override)}: it must be a whole number above 0")
+    if (override := vocabulary.number(raw, "override_vocab_size", where)) is not None:
         args["padded_vocab_size"] = override
     rope, notes = _rope(raw, where, plain_rope)
     window = raw.get("window_size")

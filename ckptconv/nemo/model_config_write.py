@@ -12,7 +12,7 @@ from ckptconv.errors import ConfigError
 from ckptconv.megatron.args_read import llama3_scaling
 from ckptconv.megatron.args_table import layer_freq
 from ckptconv.megatron.args_write import bias_problems
-from ckptconv.nemo import neva_config, yaml_file
+from ckptconv.nemo import neva_config, vocabulary, yaml_file
 from ckptconv.nemo.model_config import ENDS, GATED
 from ckptconv.nemo.settings import SETTINGS, TOKENIZER
 from ckptconv.topology import Topology
@@ -95,6 +95,7 @@ def write(
 # where NeMo takes a key that is there for a value that is meant
 NEVER_NULL = (
     "override_vocab_size",
+    vocabulary.KEY,
     "num_moe_experts",
     "moe_router_topk",
     "moe_router_pre_softmax",
@@ -189,12 +190,16 @@ def _files(form: Form, dtype: DType, settings: Dict[str, object]) -> dict[str, o
 
 
 def _padding(config: ModelConfig, tp: int, divisor: int, tokens: int | None) -> dict[str, object]:
-    """What makes NeMo build an embedding of exactly these rows: it pads the tokenizer's size, unless told the rows."""
-    if tokens is not None and (config.vocab or 0) <= tokens:
+    """What makes NeMo build an embedding of exactly these rows: it pads the tokenizer's size, unless told the rows.
+
+    How many of them are real then stands in a key that NeMo does not read; where that is not known, no tokenizer is to tell it.
+    """
+    if tokens is not None and config.vocab is not None and config.vocab <= tokens:
         for choice in (divisor, 128, 64, 32, 16, 8, 4, 2, 1):
             if -(-tokens // (choice * tp)) * choice * tp == config.vocab_rows:
-                return {"make_vocab_size_divisible_by": choice, "override_vocab_size": None}
-    return {"make_vocab_size_divisible_by": divisor, "override_vocab_size": config.vocab_rows}
+                return {"make_vocab_size_divisible_by": choice, "override_vocab_size": None, vocabulary.KEY: None}
+    told = {"override_vocab_size": config.vocab_rows, vocabulary.KEY: config.vocab}
+    return {"make_vocab_size_divisible_by": divisor, **told}
 
 
 def _sequence_lengths(config: ModelConfig, settings: dict[str, object], *, fresh: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping as Dict
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ _RUN = {  # key -> what a user calls it
     "callbacks": "callbacks",
 }
 MARKER = "-unfinished"
+_CHUNK = re.compile(r"model_?(\d{1,3})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +46,15 @@ def run_state(saved: Dict[object, object], where: object) -> RunState:
     if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
         raise FormatError(where, f"global_step is {step!r}, expected a number")
     state = dict.fromkeys(word for key, word in _RUN.items() if saved.get(key))
-    strays = sorted(str(key)[:60] for key in saved if key not in _MODEL and key not in _RUN)
+    known = {*_MODEL, *_RUN, *chunk_keys(saved)}
+    strays = sorted(str(key)[:60] for key in saved if key not in known)
     return RunState(step, tuple(state), tuple(strays))
+
+
+def chunk_keys(saved: Dict[object, object]) -> list[str]:
+    """`model0`, `model1`, … of an interleaved pipeline (`model_0` of a distributed one), in order."""
+    found = [(int(match[1]), key) for key in saved if isinstance(key, str) and (match := _CHUNK.fullmatch(key))]
+    return [key for _, key in sorted(found)]
 
 
 def refuse_unfinished(path: Path) -> None:

@@ -22,7 +22,7 @@ from ckptconv.megatron.dist_objects import objects
 from ckptconv.megatron.dist_saving import Filing, layout, telling
 from ckptconv.megatron.extra_state import ExtraState
 from ckptconv.megatron.saving import vocab_rows
-from ckptconv.nemo import artifacts, model_config, neva, neva_config, sentencepiece
+from ckptconv.nemo import artifacts, model_config, neva, neva_config, sentencepiece, tokenizer_files
 from ckptconv.nemo.loading import DISTRIBUTED, MAX_TOKENIZER, RANK_FILES, TOKENIZER, WEIGHTS, content
 from ckptconv.nemo.model_config_write import DIVISOR, Form, Tokenizer, write
 from ckptconv.nemo.names import NEMO1, nested_as
@@ -30,14 +30,40 @@ from ckptconv.nemo.rope_buffer import NAME as FREQUENCIES
 from ckptconv.nemo.rope_buffer import inverse_frequencies
 from ckptconv.nodes import concat
 from ckptconv.plan import File, Plan, Segment
-from ckptconv.source import Source, whole
+from ckptconv.source import Source
 from ckptconv.tensor import Tensor
 from ckptconv.topology import Rank, Topology
 
 LIBRARY = {
     "library": "sentencepiece", "type": None, "vocab_file": None, "merge_file": None, "delimiter": None, "sentencepiece_legacy": False,
 }  # fmt: skip
+NAMED = {
+    "library": "huggingface",
+    "type": None,
+    "model": None,
+    "vocab_file": None,
+    "merge_file": None,
+    "use_fast": True,
+}
 LAST_NORM = "decoder.final_layernorm._extra_state/shard_0_1"  # NeMo's files have one; a model without it loads them all the same
+
+
+@dataclass(frozen=True, slots=True)
+class GivenTokenizer:
+    """What is asked for in place of the source's tokenizer: files, and the name or folder that NeMo shall load one by."""
+
+    path: Path | None = None
+    name: str | None = None
+
+    def files(self, extras: Extras) -> Dict[str, Source]:
+        return tokenizer_files.given(self.path, "--saver.tokenizer") if self.path else extras.files
+
+    @property
+    def folder(self) -> str | None:
+        """What Hugging Face's tokenizers are loaded by."""
+        if self.name is not None or self.path is None:
+            return self.name
+        return str(self.path.parent if self.path.is_file() else self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +74,7 @@ class Archive:
     extra: ExtraState
     distributed: bool
     filing: Filing
-    tokenizer: Path | None
+    tokenizer: GivenTokenizer
     encoder: neva_config.Encoder
     pack: bool
 
@@ -93,13 +119,13 @@ def refuse_alone(config: ModelConfig, extras: Extras, topology: Topology) -> Non
         raise TopologyError(f"the {layers} layers of the language model cannot be dealt to {topology.pp} equal stages")
 
 
-def rows(checkpoint: Checkpoint, topology: Topology, tokenizer: Path | None, request: Request) -> int:
+def rows(checkpoint: Checkpoint, topology: Topology, tokenizer: GivenTokenizer, request: Request) -> int:
     """Rows of the embedding: all tokens of the tokenizer have one, also those that the model did not know."""
     config, extras = checkpoint.config, checkpoint.extras
     if config.kind != "text":
         return config.vocab_rows
-    if config.vocab is not None and (source := _sentencepiece(extras, tokenizer)) is not None:
-        config = replace(config, vocab=max(config.vocab, _tokens(source)))
+    if config.vocab is not None and (tokens := _tokens(extras, tokenizer)) is not None:
+        config = replace(config, vocab=max(config.vocab, tokens))
     return vocab_rows(config, topology, divisor(config, extras, request))
 
 
@@ -110,9 +136,8 @@ def save(stored: Stored, request: Request, archive: Archive) -> Plan:
             f"optimizer state ({', '.join(slots)}) has no place in a .nemo archive: --optimizer drop leaves it out"
         )
     settings = raw(stored.extras)
-    source = _sentencepiece(stored.extras, archive.tokenizer)
-    tokenizer, members = _tokenizer(source, settings)
-    members += _carried(stored.extras, new_model=source is not None)
+    tokenizer, members = _tokenizer(stored, archive.tokenizer)
+    members += _carried(stored.extras, new_model=bool(members))
     text = write(
         stored.config, stored.topology, archive.form, stored.config.dtype or FP32, tokenizer,
         divisor=divisor(stored.config, stored.extras, request), carried=settings or None, encoder=archive.encoder,
@@ -125,32 +150,40 @@ def save(stored: Stored, request: Request, archive: Archive) -> Plan:
     return Plan(tuple(_loose(name, body) for name, body in members), about=about)
 
 
-def notes(stored: Stored, tokenizer: Path | None, encoder: neva_config.Encoder) -> Iterator[str]:
+def notes(stored: Stored, tokenizer: GivenTokenizer, encoder: neva_config.Encoder) -> Iterator[str]:
     """What the source has and the archive has not."""
     extras = stored.extras
     referred = _referred(extras)
     if left := sorted(extras.files.keys() - {TOKENIZER, *(member for member, _ in referred)}):
         yield f"an archive has no place for {', '.join(left)}"
-    source = _sentencepiece(extras, tokenizer)
-    if source is not None and stored.config.vocab is not None and (tokens := _tokens(source)) > stored.config.vocab:
+    tokens = _tokens(extras, tokenizer)
+    if tokens is not None and stored.config.vocab is not None and tokens > stored.config.vocab:
         yield f"the tokenizer has {tokens} tokens and the model knows {stored.config.vocab}: rows of the others are as padding is"
     yield from dynamic_rope(stored.config, "NeMo")
     if neva_config.is_neva(stored.config) and neva_config.encoder_name(stored.config, raw(extras), encoder) is None:
         yield "mm_cfg.vision_encoder.from_pretrained is empty, and NeMo makes the image encoder by it: --saver.vision-encoder NAME"
-    if source is None and not any(key in artifacts.TOKENIZER_KEYS for _, key in referred):
-        yield (
-            "no tokenizer is packed: NeMo takes one of Hugging Face by its name or folder (tokenizer.library=huggingface, "
-            "tokenizer.type); a sentencepiece model is packed with --saver.tokenizer FILE"
-        )
+    section, packed = _tokenizer(stored, tokenizer)
+    if not packed and not any(key in artifacts.TOKENIZER_KEYS for _, key in referred):
+        yield _by_name(section.section)
 
 
-def _sentencepiece(extras: Extras, given: Path | None) -> Source | None:
-    """The model to pack: the one given, else the source's."""
-    return whole(str(given)) if given else extras.files.get(TOKENIZER)
+def _by_name(section: Dict[str, object]) -> str:
+    """What of a tokenizer NeMo has to find by itself."""
+    name = section.get("type") if section.get("library") == NAMED["library"] else None
+    if name is not None:
+        return f"no tokenizer is packed: NeMo takes {name} of Hugging Face (tokenizer.type; another one: --saver.tokenizer-name)"
+    return (
+        "no tokenizer is packed, and NeMo does not restore a model without: --saver.tokenizer-name NAME says which one of Hugging "
+        "Face it takes, by name or folder (tokenizer.type); --saver.tokenizer FILE packs a sentencepiece model"
+    )
 
 
-def _tokens(source: Source) -> int:
-    return len(sentencepiece.pieces(content(source, source.path, MAX_TOKENIZER), source.path))
+def _tokens(extras: Extras, given: GivenTokenizer) -> int | None:
+    """Those of a tokenizer that is packed, or that is given for the archive."""
+    files = given.files(extras)
+    if (source := files.get(TOKENIZER)) is not None:
+        return len(sentencepiece.pieces(content(source, source.path, MAX_TOKENIZER), source.path))
+    return tokenizer_files.tokens(files) if given.path else None
 
 
 def _referred(extras: Extras) -> list[tuple[str, str]]:
@@ -176,16 +209,21 @@ def _loose(name: str, body: File | bytes) -> File:
     )
 
 
-def _tokenizer(source: Source | None, settings: Dict[str, object]) -> tuple[Tokenizer, list[Member]]:
+def _tokenizer(stored: Stored, given: GivenTokenizer) -> tuple[Tokenizer, list[Member]]:
     """The section that names the tokenizer, and the member it names; what NeMo finds by itself (a hub name) is kept."""
-    section = settings.get("tokenizer")
+    section = raw(stored.extras).get("tokenizer")
     kept = dict(section) if isinstance(section, dict) else {}
-    if source is None:
-        return Tokenizer(kept), []
+    files = given.files(stored.extras)
+    if given.name is not None or (source := files.get(TOKENIZER)) is None:
+        if not given.folder and (kept or not tokenizer_files.of_hugging_face(files)):
+            return Tokenizer(kept), []
+        kept = kept if kept.get("library") == NAMED["library"] else {}
+        named = given.folder or stored.config.raw.get("_name_or_path") or None
+        return Tokenizer({**NAMED, **kept, "type": named}), []
     data = content(source, source.path, MAX_TOKENIZER)
     member = artifacts.stored_name(TOKENIZER, data)
     told = {**LIBRARY, **kept, "library": "sentencepiece", "model": artifacts.uri(member)}
-    return Tokenizer(told, _tokens(source)), [(member, _copied(member, source))]
+    return Tokenizer(told, _tokens(stored.extras, given)), [(member, _copied(member, source))]
 
 
 def _distributed(stored: Stored, archive: Archive) -> list[Member]:

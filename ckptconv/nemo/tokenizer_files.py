@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping as Dict
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from ckptconv.containers import json_file
-from ckptconv.errors import FormatError
+from ckptconv.errors import FormatError, UsageError
+from ckptconv.huggingface.files import side_files
 from ckptconv.nemo import sentencepiece
-from ckptconv.source import Source
+from ckptconv.source import Source, whole
 
 SENTENCEPIECE, HF = "tokenizer.model", "tokenizer.json"
 MAX_TOKENIZER = 100_000_000
@@ -22,6 +24,19 @@ def of_hugging_face(files: Dict[str, Source]) -> dict[str, Source]:
     """Those that make a tokenizer of transformers; none where there is only a sentencepiece model."""
     found = {name: files[name] for name in files if any(fnmatchcase(name, pattern) for pattern in _FILES)}
     return found if found.keys() - {SENTENCEPIECE} else {}
+
+
+def given(path: Path, flag: str) -> dict[str, Source]:
+    """The files that a user names: a sentencepiece model, a tokenizer.json, or the folder of a Hugging Face tokenizer."""
+    if path.is_file():
+        return {HF if path.suffix == ".json" else SENTENCEPIECE: whole(str(path))}
+    if not path.is_dir():
+        raise UsageError(f"{flag} {path}: no such file or folder; give a sentencepiece model or a tokenizer's folder")
+    beside = side_files(path)
+    found = {name: source for name, source in beside.items() if any(fnmatchcase(name, pattern) for pattern in _FILES)}
+    if not found.keys() & {SENTENCEPIECE, HF, "vocab.json", "vocab.txt", "spiece.model"}:
+        raise UsageError(f"{flag} {path}: the folder has neither {HF} nor {SENTENCEPIECE}; give a tokenizer's folder")
+    return found
 
 
 def tokens(files: Dict[str, Source]) -> int | None:

@@ -65,13 +65,13 @@ def test_the_model_is_the_one_that_nemo_was_given(case: str, tmp_path: Path) -> 
     ("case", "family", "vocab"),
     [
         ("llama_spm", "hf-llama", 384),
-        ("qwen2", "hf-qwen2", 384),
+        ("qwen2", "hf-qwen2", None),
         ("mixtral", "hf-mixtral", 384),
         ("llama31_hf", "hf-llama", None),
     ],
 )
 def test_family_vocabulary_and_precision(case: str, family: str, vocab: int | None, tmp_path: Path) -> None:
-    """The vocabulary: what is preset, else the pieces of the tokenizer, else unknown (a tokenizer that is not there)."""
+    """The vocabulary: the tokens of the tokenizer, else unknown (one that is not there): what is preset are rows."""
     found = read_golden(case, tmp_path)
     assert (found.family, found.vocabulary, found.dtype) == (family, vocab, DTYPES["bf16"])
 
@@ -131,8 +131,10 @@ def test_what_is_written_agrees_with_what_nemo_writes_of_the_same_model() -> Non
 
 def test_the_rows_are_preset_where_no_tokenizer_tells_them() -> None:
     assert "vocab_size" not in written(CONFIG)["config"]
-    assert written(CONFIG, None)["config"]["vocab_size"] == 384
-    assert written(CONFIG, None)["tokenizer"] is None
+    alone = written(CONFIG, None)
+    assert (alone["config"]["vocab_size"], alone["true_vocab_size"], alone["tokenizer"]) == (384, 384, None)
+    assert "true_vocab_size" not in written(CONFIG)
+    assert "true_vocab_size" not in written(replace(CONFIG, vocab=None), None)
 
 
 def test_llama3_scaling_goes_into_the_class_that_applies_it() -> None:

@@ -178,13 +178,31 @@ def test_other_files_are_no_sentencepiece_models(data: bytes) -> None:
         sentencepiece.pieces(data, "tok.model")
 
 
-def test_the_true_vocabulary_is_the_models_own_or_its_tokenizers() -> None:
+def test_the_tokens_that_nemo_finds_in_a_sentencepiece_model() -> None:
     data = (PIECES / "input.model").read_bytes()
-    assert model_config.vocabulary(nemo_of("legacy_mha_tp2"), data) == 384
-    assert model_config.vocabulary(nemo_of("neva_fin"), (PIECES / "output.model").read_bytes()) == 392
-    assert model_config.vocabulary(small(), None) is None
-    assert model_config.vocabulary(small(override_vocab_size=391), data) == 391
-    assert model_config.vocabulary(small(tokenizer={"library": "huggingface", "type": "gpt2"}), data) is None
+    assert model_config.tokens(nemo_of("legacy_mha_tp2"), data) == 384
+    assert model_config.tokens(nemo_of("neva_fin"), (PIECES / "output.model").read_bytes()) == 392
     more = {"library": "sentencepiece", "additional_special_tokens": ["<extra_0>", "<extra_1>", "<s>"]}
-    assert model_config.vocabulary(small(tokenizer=more), data) == 384
-    assert model_config.vocabulary(small(tokenizer={**more, "sentencepiece_legacy": True}), data) == 386
+    assert model_config.tokens(small(tokenizer=more), data) == 384
+    assert model_config.tokens(small(tokenizer={**more, "sentencepiece_legacy": True}), data) == 386
+
+
+@pytest.mark.parametrize(
+    ("said", "tokens", "given", "true"),
+    [
+        ({}, None, False, None),
+        ({}, 384, False, 384),
+        ({"override_vocab_size": 512}, None, False, None),  # the rows that NeMo builds: some may be padding
+        ({"override_vocab_size": 512}, 384, False, None),
+        ({"override_vocab_size": 512}, 384, True, 384),
+        ({"override_vocab_size": 384}, 384, False, 384),  # no row is left to doubt
+        ({"override_vocab_size": 384}, 392, True, 384),
+        ({"override_vocab_size": 512, "true_vocab_size": 391}, 384, True, 391),
+        ({"true_vocab_size": 391}, None, False, 391),
+    ],
+    ids=str,
+)
+def test_rows_are_never_taken_for_the_true_vocabulary(
+    said: dict[str, object], tokens: int | None, given: bool, true: int | None
+) -> None:
+    assert model_config.true_vocabulary(small(**said), tokens, given=given) == true

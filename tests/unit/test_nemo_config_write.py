@@ -147,6 +147,7 @@ def test_nemo_will_build_exactly_the_rows_that_are_stored(
     table = table_of(replace(model(), vocab=vocab, vocab_rows=rows), tokens=tokens, topology=even(4, tp=tp))
     assert table.get("override_vocab_size") == override
     assert ("override_vocab_size" in table) == (override is not None)
+    assert table.get("true_vocab_size") == (vocab if override else None)
     multiple = int(str(table["make_vocab_size_divisible_by"])) * tp
     assert override == rows or -(-int(str(tokens)) // multiple) * multiple == rows
     assert override or table["make_vocab_size_divisible_by"] in (divisor, 128)

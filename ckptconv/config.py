@@ -78,6 +78,19 @@ class ModelConfig:
     inputs: int = 0  # of a projector: entries of what comes in
     linear: bool = False  # a projector of one layer
     newline: bool = False  # LLaVA-NeXT's learned end of a row of tiles, beside its projector
+    # how a language model sees images, of the whole model; None: nothing says it
+    feature_layer: int | None = (
+        None  # the tower's layer that the projector takes, as hidden states are numbered: -1 is the last
+    )
+    feature_select: str | None = None  # of its entries: "patch", or "full" with the class token
+    shuffle: str | None = None  # where four patches are one: their grid lies by "rows", or by "columns"
+    image_token: int | None = None  # which stands for a piece of an image
+    tiling: bool | None = None  # large images are cut into tiles
+    min_tiles: int | None = None
+    max_tiles: int | None = None
+    thumbnail: bool | None = None  # the whole image beside its tiles
+    tile_tags: bool | None = None  # each tile has words in front
+    image_tags: str | None = None  # whose words stand around an image: "nvlm", "internvl", or "" for none
     towers: dict[str, ModelConfig] = field(default_factory=dict)
     raw: dict[str, object] = field(default_factory=dict)
 
@@ -143,6 +156,17 @@ class ModelConfig:
             tower.check()
 
 
+COMPUTED = ("feature_layer", "feature_select", "shuffle")  # what the model makes of an image that it is given
+SHOWN = (
+    "image_token",
+    "tiling",
+    "min_tiles",
+    "max_tiles",
+    "thumbnail",
+    "tile_tags",
+    "image_tags",
+)  # and how it is given one
+SIGHT = (*COMPUTED, *SHOWN)
 TOWERS = ("vision", "projector")  # parts of a larger model, whose atoms begin with their names; also kinds of models
 KINDS = ("text", *TOWERS)
 _ATTENTION = ("layers", "hidden", "heads", "kv_heads", "head_dim")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ckptconv.canonicalize import canonicalize
 from ckptconv.checkpoint import Checkpoint, Extras, Key, Stored, Target
-from ckptconv.config import ModelConfig
+from ckptconv.config import SHOWN, ModelConfig
 from ckptconv.containers import json_file
 from ckptconv.containers.dcp_metadata import NAME as METADATA
 from ckptconv.containers.folder import inside
@@ -18,8 +18,8 @@ from ckptconv.dialect import detect, prefix_of
 from ckptconv.errors import CkptconvError, ConfigError, UsageError
 from ckptconv.formats import Request, refuse_more_than_weights, refuse_projector_alone
 from ckptconv.huggingface.config_codecs import Table
+from ckptconv.huggingface.config_table import USAGE
 from ckptconv.huggingface.family_config import (
-    USAGE,
     check_fits,
     config_text,
     dummy_heads,
@@ -43,7 +43,8 @@ from ckptconv.huggingface.files import (
     side_files,
 )
 from ckptconv.huggingface.folder_write import copied, final, weight_files
-from ckptconv.huggingface.sections import DTYPES, of_parts, part_mapping, refuse_strangers, with_image_token
+from ckptconv.huggingface.sections import DTYPES, of_parts, part_mapping, refuse_strangers
+from ckptconv.huggingface.sight import not_said, with_image_token
 from ckptconv.huggingface.template import as_family, as_template
 from ckptconv.mapping import Mapping
 from ckptconv.mapping_files import chosen, families, families_of_parts, family_names
@@ -221,6 +222,8 @@ class Hf:
         files = weight_files({k.name: t for k, t in tensors.items()}, parse_size(options.max_shard_size, SHARD_FLAG))
         files += [copied(name, source) for name, source in sorted(start.files.items())]
         files.append(final(CONFIG, config_json))
+        if config.towers:
+            kept += not_said(config, start.base, table, stored.mapping)
         about: dict[str, object] = {"config_changes": [*changes, *kept], "config_untrusted": list(start.untrusted)}
         return Plan(tuple(files), about=about)
 
@@ -362,17 +365,17 @@ def _from_text(text: bytes, where: str, files: Dict[str, Source], stored: Stored
 
 
 def _as_template(stored: Stored, start: _Start) -> tuple[ModelConfig, list[str]]:
-    """The settings that arguments of a checkpoint do not tell for certain as the template has them, and which those are."""
+    """With the template's tiles, image token, and settings that arguments of a checkpoint do not tell for certain; and which differ."""
     assert start.base is not None
-    if CONFIG in stored.extras.files:
-        return stored.config, []
-    theirs = read_config(start.base, "the template", stored.mapping)
-    differing = [n for n in SETTINGS if getattr(theirs, n) != getattr(stored.config, n)]
+    ours, theirs = stored.config, read_config(start.base, "the template", stored.mapping)
+    settings = () if CONFIG in stored.extras.files else SETTINGS
+    differing = [n for n in (*settings, *SHOWN) if getattr(theirs, n) != getattr(ours, n)]
     lines = [
-        f"{n}: {getattr(theirs, n)} as in the template, the checkpoint says {getattr(stored.config, n)}"
+        f"{n}: {getattr(theirs, n)} as in the template, the checkpoint says {getattr(ours, n)}"
         for n in differing
+        if n in settings or getattr(ours, n) is not None
     ]
-    return replace(stored.config, **{n: getattr(theirs, n) for n in differing}), lines
+    return replace(ours, **{n: getattr(theirs, n) for n in differing}), lines
 
 
 def _keeping_dtype(config: ModelConfig, base: Table, stored: Stored) -> ModelConfig:

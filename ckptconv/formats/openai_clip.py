@@ -13,7 +13,7 @@ from ckptconv.containers import safetensors, torch_script, torch_write
 from ckptconv.dialect import detect
 from ckptconv.errors import CkptconvError, ConfigError, FormatError
 from ckptconv.formats import NoOptions, Request, refuse_more_than_weights
-from ckptconv.huggingface.family_config import fixed_or_default
+from ckptconv.huggingface.config_table import fixed_or_default
 from ckptconv.mapping_files import chosen, load_mapping
 from ckptconv.plan import Plan
 from ckptconv.tensor import Shape, Tensor

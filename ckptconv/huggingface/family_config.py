@@ -1,10 +1,5 @@
-"""config.json of Hugging Face to ModelConfig and back, as the [config] table of a family's mapping says.
+"""config.json of Hugging Face to ModelConfig and back, as the [config] table of a family's mapping says (config_table.py).
 
-field = "key"                         the same value under another name (dots go into nested tables)
-field = { key = "…", codec = "…" }    more than a rename: see config_codecs.py; further entries are its parameters
-field = false                         the parent's key does not exist in this family
-[config.default]                      field -> value when the key is absent, and always if there is no key; false (of a
-                                      field that is no flag) takes the parent's default away
 [config.const]                        key -> value, what a config.json made from nothing says besides
 """
 
@@ -17,26 +12,32 @@ from collections.abc import Mapping as Dict
 from dataclasses import MISSING, fields, replace
 from typing import Any
 
-from ckptconv.config import ModelConfig, Rope
-from ckptconv.errors import ConfigError, MappingError, UsageError
-from ckptconv.huggingface import sections
-from ckptconv.huggingface.config_codecs import ABSENT, Codec, Entry, Fields, Section, Table, plain
-from ckptconv.huggingface.config_codecs import CODECS as TEXT_CODECS
-from ckptconv.huggingface.told import TOLD, told, told_fields
-from ckptconv.huggingface.tower_codecs import TOWER_CODECS
+from ckptconv.config import SIGHT, ModelConfig
+from ckptconv.errors import ConfigError, UsageError
+from ckptconv.huggingface import config_table, sections
+from ckptconv.huggingface.config_codecs import Entry, Fields, Section, Table
+from ckptconv.huggingface.config_table import CODECS, DUMMIES, FLAGS, KINDS, SECTION, entries, says
+from ckptconv.huggingface.told import told, told_fields
 from ckptconv.mapping import Mapping
 from ckptconv.mapping_files import chosen, family_names, with_parts
 from ckptconv.tensor import Shape, Tensor
 
-CODECS: dict[str, Codec] = {**TEXT_CODECS, **TOWER_CODECS}
-SECTION, USAGE = "section", "usage"
-NO_FIELDS = ("default", "const", TOLD, SECTION, USAGE, *sections.TABLES, *sections.KEYS)
 MAX_INDEX = 8192  # layers or experts: a file that claims more is lying, and would cost its number in memory
 MAX_SIZE = 1 << 40
-NOT_HELD = {"family", "raw", "vocab", "vocab_rows", "dtype", "experts", "moe_ffn", "router_topk", "true_heads", "image"}
+NOT_HELD = {
+    "family",
+    "raw",
+    "vocab",
+    "vocab_rows",
+    "dtype",
+    "experts",
+    "moe_ffn",
+    "router_topk",
+    "true_heads",
+    "image",
+    *SIGHT,
+}
 TOKENS = ("bos_token_id", "eos_token_id")  # unlike the class's own defaults, null claims nothing about a tokenizer
-KINDS = {f.name: str(f.type) for f in fields(ModelConfig)}
-FLAGS = frozenset(name for name, kind in KINDS.items() if kind == "bool")
 REQUIRED = [f.name for f in fields(ModelConfig) if f.default is MISSING and f.default_factory is MISSING]
 
 
@@ -177,7 +178,7 @@ def write_config(config: ModelConfig, base: Table | None, mapping: Mapping) -> t
     out: Table = _from_nothing(mapping) if base is None else copy.deepcopy(base)
     known = {name: getattr(config, name) for name in KINDS}
     for entry in entries(mapping):
-        if fresh or not _says(out, entry, known):
+        if fresh or not says(out, entry, known):
             CODECS[entry.codec].write(out, entry, config, fresh=fresh)
     return _in_order(out, base)
 
@@ -187,19 +188,6 @@ def _in_order(out: Table, base: Table | None, nested: Sequence[str] = ()) -> tup
     if base is None or list(base) == sorted(base):
         out = dict(sorted(out.items()))
     return out, [] if base is None else _changes(base, out, nested)
-
-
-def _says(out: Table, entry: Entry, known: Table) -> bool:
-    """Whether `out` already says what it should; what cannot even be read does not."""
-    try:
-        found = CODECS[entry.codec].read(Section(out, "config.json"), entry, known)
-    except ConfigError:
-        return False
-    return _comparable(found) == _comparable(known[entry.field])
-
-
-def _comparable(value: object) -> object:
-    return replace(value, scaling=plain(value.scaling)) if isinstance(value, Rope) else value
 
 
 def _from_nothing(mapping: Mapping) -> Table:
@@ -264,30 +252,6 @@ def _disagreements(config: ModelConfig, table: Iterable[Entry]) -> list[str]:
     return problems
 
 
-def entries(mapping: Mapping) -> tuple[Entry, ...]:
-    """The [config] table, checked: plain fields first, then those whose codec builds upon them."""
-    if not mapping.config:
-        raise MappingError(
-            f"mapping {mapping.name!r} has no [config]: it is a dialect, not a family of Hugging Face models"
-        )
-    rows = [(k, v) for k, v in mapping.config.items() if k not in NO_FIELDS and v is not False]
-    table = [_entry(name, row, mapping) for name, row in rows]
-    return tuple(sorted(table, key=lambda e: e.codec not in ("rename", "read_only")))
-
-
-def _entry(name: str, row: object, mapping: Mapping) -> Entry:
-    where = f"mapping {mapping.name!r}, [config] {name}"
-    if name not in KINDS:
-        raise MappingError(f"{where}: ModelConfig has no such field; it has {', '.join(KINDS)}")
-    given: dict[str, Any] = {"key": row} if isinstance(row, str) else dict(row) if isinstance(row, dict) else {}
-    key, codec = given.pop("key", ""), given.pop("codec", "rename")
-    if codec not in CODECS or not isinstance(key, str) or (codec == "rename" and not key):
-        raise MappingError(
-            f"{where}: expected a key of config.json, or a table with a codec ({', '.join(CODECS)}), found {row!r}"
-        )
-    return Entry(name, KINDS[name], key, codec, fixed_or_default(mapping).get(name, ABSENT), tuple(given.items()))
-
-
 def needs_config(mapping: Mapping) -> bool:
     """Whether a config.json says anything of the family's models."""
     return bool(mapping.parts or entries(mapping))
@@ -295,23 +259,12 @@ def needs_config(mapping: Mapping) -> bool:
 
 def dummy_heads(mapping: Mapping) -> int:
     """How many attention heads the class adds to those of its vision section."""
-    count = mapping.config.get(sections.DUMMIES, 0)
+    count = mapping.config.get(DUMMIES, 0)
     assert isinstance(count, int)
     return count
 
 
-def fixed_or_default(mapping: Mapping) -> Table:
-    """[config.default]: what a field is when its key is absent, or in every model of a family that has no key for it."""
-    given = mapping.config.get("default", {})
-    unknown = set(given) - set(KINDS) if isinstance(given, dict) else {str(given)}
-    if unknown or not isinstance(given, dict):
-        raise MappingError(
-            f"mapping {mapping.name!r}, [config.default]: expected fields of ModelConfig, found {sorted(unknown)}"
-        )
-    return {k: v for k, v in given.items() if not (v is False and KINDS[k] != "bool")}
-
-
 def _fixed(mapping: Mapping) -> dict[str, Any]:
-    """Fields that a family has no key for, only a value. One that says nothing of rotary embeddings has none."""
-    fixed = {k: v for k, v in fixed_or_default(mapping).items() if mapping.config.get(k, False) is False}
+    """Fields that a family has no key for. One that says nothing of rotary embeddings has none."""
+    fixed = config_table.fixed(mapping)
     return fixed if "rope" in mapping.config else {"rope": None, **fixed}

@@ -5,7 +5,8 @@
 [config.projector]   field of the projector = key; its sizes are told by the tensors
 [config.sizes]       of a part's family: key -> what its class takes where a section leaves it out
 vision_dummy_heads   attention heads that the model's code adds to those of its vision section
-image_token          the key of the token that stands for a piece of an image
+
+Its other rows say how the model sees images: see sight.py.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 from ckptconv.config import TOWERS, ModelConfig, projector_config
-from ckptconv.errors import ConfigError, MappingError, UsageError
+from ckptconv.errors import ConfigError, MappingError
 from ckptconv.huggingface.config_codecs import ABSENT, Section, Table, put
+from ckptconv.huggingface.config_table import FAMILIES, PROJECTOR, SECTIONS, SIZES
+from ckptconv.huggingface.sight import check_sight, read_sight, write_sight
 from ckptconv.mapping import Mapping, Part
 from ckptconv.mapping_files import families_of_parts, load_mapping, with_parts
 from ckptconv.tensor import Shape
 
-SECTIONS, FAMILIES, PROJECTOR, SIZES = TABLES = ("sections", "families", "projector", "sizes")
-DUMMIES, IMAGE_TOKEN = KEYS = ("vision_dummy_heads", "image_token")
 WHOLE = "."  # the section of a part whose keys stand among those of the whole model
 TIED, DTYPES = "tie_word_embeddings", ("dtype", "torch_dtype")
 _VISION, _PROJECTOR = TOWERS
@@ -138,7 +139,8 @@ def read(raw: Table, where: str, mapping: Mapping, shapes: Dict[str, Shape] | No
         parts[_PROJECTOR] = _stated(_measured(mapping, named), Section(raw, where), mapping)
     language = parts.pop("")
     tied = _tied(language, Section(raw, where), mapping, named)
-    return replace(language, family=mapping.name, raw=raw, towers=parts, tied=tied)
+    seen = read_sight(raw, where, mapping)
+    return replace(language, family=mapping.name, raw=raw, towers=parts, tied=tied, **seen)
 
 
 def _tied(language: ModelConfig, section: Section, mapping: Mapping, named: Dict[str, Shape] | None) -> bool:
@@ -191,30 +193,13 @@ def write(config: ModelConfig, base: Table | None, mapping: Mapping, one: Write)
         for field, key in _keys(mapping).items():
             if base is None or Section(out, "").get(key) is not ABSENT:
                 put(out, key, getattr(projector, field))
+    write_sight(out, config, mapping, fresh=base is None)
     if base is None or TIED in out:
         out[TIED] = config.tied
     if config.dtype is not None:
         for key in ["torch_dtype"] if base is None else [key for key in DTYPES if key in out]:
             out[key] = config.dtype.torch
     return out
-
-
-def with_image_token(table: Table, mapping: Mapping, rows: int, wanted: int | None) -> Table:
-    """The config.json with the image token asked for, which must have a row in the embedding."""
-    key = mapping.config.get(IMAGE_TOKEN)
-    if not isinstance(key, str):
-        if wanted is not None:
-            raise UsageError(
-                f"--saver.image-token {wanted}: {mapping.name} does not say its image token in config.json"
-            )
-        return table
-    token = table.get(key) if wanted is None else wanted
-    if isinstance(token, int) and token >= rows:
-        raise ConfigError(
-            f"{key} is {token}, but the embedding has only {rows} rows: --vocab-rows {token + 1} or more makes it larger (combine), "
-            "--saver.image-token N names another token"
-        )
-    return table if wanted is None else {**table, key: wanted}
 
 
 def _write_section(out: Table, config: ModelConfig, part: Part, mapping: Mapping, one: Write, *, fresh: bool) -> None:
@@ -256,6 +241,7 @@ def parts_that_fit(config: ModelConfig, mapping: Mapping, check: Callable[[Model
         raise ConfigError(
             f"{mapping.name} is a language model with {' and '.join(sorted(wanted))}, this model has {theirs}"
         )
+    check_sight(config, mapping)
     for part in mapping.parts:
         if not part.scope or part.scope in found:
             check(config.towers[part.scope] if part.scope else replace(config, towers={}), _chosen(part, mapping))

@@ -7,7 +7,7 @@ from typing import Any
 
 from ckptconv.config import ModelConfig
 from ckptconv.errors import ConfigError
-from ckptconv.huggingface.family_config import fixed_or_default
+from ckptconv.huggingface.config_table import fixed_or_default
 from ckptconv.mapping import Mapping
 from ckptconv.tower_passes import VISION
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ckptconv.config import ModelConfig
 from ckptconv.errors import ConfigError
-from ckptconv.huggingface.config_codecs import Codec, Entry, Fields, Rename, Section, Table
+from ckptconv.huggingface.config_codecs import ABSENT, Codec, Entry, Fields, Rename, Section, Table, put
 
 Sizes = Dict[str, int]
 
@@ -75,20 +75,22 @@ class Side(Rename):
         out[entry.key] = [getattr(config, entry.field)] * 2
 
 
-class NormType:
-    """The kind of norm, as InternViT's files call it."""
+class Words:
+    """A value by another word: the parameters are ours = "theirs"."""
 
     def read(self, section: Section, entry: Entry, known: Fields) -> object:
-        name = section.typed(entry.key, "str", entry.default)
-        if name not in _NORMS:
-            raise section.wrong(entry.key, name, " or ".join(_NORMS))
-        return _NORMS[str(name)]
+        words = dict(entry.params)
+        ours = {theirs: name for name, theirs in words.items()}
+        name = section.typed(entry.key, entry.kind, words.get(str(entry.default), ABSENT))
+        if name is not None and name not in ours:
+            raise section.wrong(entry.key, name, " or ".join(map(str, ours)))
+        return ours.get(name)
 
     def write(self, out: Table, entry: Entry, config: ModelConfig, *, fresh: bool) -> None:
-        out[entry.key] = next(name for name, kind in _NORMS.items() if kind == config.norm)
-
-
-_NORMS = {"rms_norm": "rmsnorm", "layer_norm": "layernorm"}
+        words, value = dict(entry.params), getattr(config, entry.field)
+        if value not in words:
+            raise ConfigError(f"{entry.field} is {value!r}, this family has {' and '.join(words)}")
+        put(out, entry.key, words[value])
 
 
 class ClipClass:
@@ -112,6 +114,6 @@ TOWER_CODECS: dict[str, Codec] = {
     "patch_grid": Derived(_patch_grid),
     "true_heads": TrueHeads(),
     "side": Side(),
-    "norm_type": NormType(),
+    "words": Words(),
     "clip_class": ClipClass(),
 }

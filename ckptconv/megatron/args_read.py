@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from ckptconv.config import Rope
 from ckptconv.errors import ConfigError, TopologyError
-from ckptconv.megatron.args_multimodal import stated_tower
+from ckptconv.megatron.args_multimodal import stated_sight, stated_tower
 from ckptconv.topology import account_counts, even_counts, parse_layout
 
 Args = Dict[str, object]
@@ -75,7 +75,8 @@ def statement(args: Args, where: str) -> Statement:
     """Args as a statement about the model; one that we do not support is refused."""
     refuse_unsupported(args, where)
     vocab, rows = args.get("vocab_size"), args.get("padded_vocab_size")
-    return Statement(where, model_fields(args, where), vocab=vocab, rows=rows, tower=stated_tower(args))
+    fields = model_fields(args, where) | stated_sight(args, where)
+    return Statement(where, fields, vocab=vocab, rows=rows, tower=stated_tower(args))
 
 
 def refuse_unsupported(args: Args, where: str) -> None:

@@ -8,7 +8,7 @@ from ckptconv.config import ModelConfig
 from ckptconv.containers.pickled import Namespace
 from ckptconv.errors import ConfigError
 from ckptconv.formats import refuse_projector_alone
-from ckptconv.megatron.args_multimodal import MULTIMODAL
+from ckptconv.megatron.args_multimodal import MULTIMODAL, sight_notes
 from ckptconv.megatron.args_read import llama3_scaling
 from ckptconv.megatron.args_table import FIELDS, Subject, layer_freq
 from ckptconv.megatron.versions import Core, show
@@ -136,4 +136,4 @@ def notes(config: ModelConfig, core: Core, *, legacy: bool) -> tuple[str, ...]:
             f"sliding window of {config.sliding_window}: Megatron-Core {show(core.version)} has no flag for it (0.15 has --window-size); "
             f"sequences of up to {config.sliding_window} tokens give the same results"
         )
-    return tuple(out)
+    return (*out, *sight_notes(config))

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 from ckptconv.config import ModelConfig, projector_config
 from ckptconv.errors import ConfigError
-from ckptconv.huggingface.family_config import fixed_or_default
+from ckptconv.huggingface.config_table import fixed_or_default
 from ckptconv.mapping import Mapping
+from ckptconv.megatron.args_multimodal import TYPES
 from ckptconv.megatron.extra_state import NAME as EXTRA_STATE
 from ckptconv.megatron.extra_state import ExtraState
 from ckptconv.megatron.measure import layer_count
@@ -25,14 +26,9 @@ LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 HEADS_FLAG = "--loader.vision-heads"
 _QKV, _PROJ = "decoder.layers.0.self_attention.linear_qkv.", "decoder.layers.0.self_attention.linear_proj."
 _FC1, _FC2 = "decoder.layers.0.mlp.linear_fc1.", "decoder.layers.0.mlp.linear_fc2."
-# (hidden, layers, ffn) of the towers that Megatron's multimodal example knows -> family, attention heads: its files do not say them
-KNOWN = {
-    (1024, 24, 4096): ("hf-clip", 16),
-    (1152, 27, 4304): ("hf-siglip", 16),
-    (3200, 45, 12800): ("hf-internvit", 25),
-    (1280, 32, 5120): ("hf-radio-h", 16),
-    (1536, 40, 4096): ("hf-radio-g", 24),
-}
+# (hidden, layers, ffn) of the towers that Megatron's example knows -> family, attention heads: its files do not say them.
+# Of two of one size it is the first, which has a converter
+KNOWN = {(t.hidden, t.layers, t.ffn): (t.family, t.heads) for t in reversed(TYPES.values())}
 
 
 def is_vision(names: Iterable[str]) -> bool:

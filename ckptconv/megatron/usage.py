@@ -9,7 +9,7 @@ from ckptconv.dtypes import FP32
 from ckptconv.megatron.args_multimodal import MULTIMODAL, vision_type
 from ckptconv.megatron.args_table import Subject, layer_freq, whole
 from ckptconv.megatron.args_write import notes
-from ckptconv.megatron.optimizer.writing import left_out
+from ckptconv.megatron.optimizer.generators import left_out
 from ckptconv.megatron.saving import DIVISOR, Form, carried, vocab_rows
 from ckptconv.megatron.stages import pipeline_args
 from ckptconv.megatron.versions import Core
@@ -37,16 +37,17 @@ def usage(stored: Stored, dst: str, form: Form) -> str:
     script = "examples/multimodal/train.py" if stored.config.towers else "pretrain_gpt.py"
     lines = [f"Megatron-LM flags ({script}{' --use-legacy-models' if form.legacy else ''}):"]
     lines += [f"  {flag}" for flag in flags]
-    said = (*notes(stored.config, form.core, legacy=form.legacy), *left_out(stored.extras.training, stored.topology))
+    said = (*notes(stored.config, form.core, legacy=form.legacy), *left_out(stored, distributed=form.whole))
     lines += [f"note: {note}" for note in said]
     return "\n".join(lines)
 
 
 def _tower(stored: Stored, dst: str) -> str:
     """Megatron trains no tower alone."""
-    kind = vision_type(stored.config) or "unknown to Megatron-LM's example"
+    name = vision_type(stored.config)
+    kind = f"--vision-model-type {name}" if name else "none that Megatron-LM's example has a --vision-model-type for"
     return (
-        f"A vision tower (--vision-model-type {kind}) for tensor parallel size {stored.topology.tp}; join it to a language model:\n"
+        f"A vision tower ({kind}) for tensor parallel size {stored.topology.tp}; join it to a language model:\n"
         f"  ckptconv combine LM {quote(dst)} DST --saver mcore --tp {stored.topology.tp}"
     )
 

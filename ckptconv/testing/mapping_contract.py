@@ -19,7 +19,8 @@ from ckptconv.config import ModelConfig, part_of, projector_config, units
 from ckptconv.dialect import detect, variants
 from ckptconv.dtypes import BF16
 from ckptconv.errors import ConfigError, CoverageError, MappingError, TopologyError
-from ckptconv.huggingface.family_config import CODECS, check_fits, entries, family_of, read_config, write_config
+from ckptconv.huggingface.config_table import CODECS, entries
+from ckptconv.huggingface.family_config import check_fits, family_of, read_config, write_config
 from ckptconv.leaves import contiguous
 from ckptconv.localize import localize
 from ckptconv.mapping import Mapping

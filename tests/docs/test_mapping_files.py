@@ -17,7 +17,7 @@ from ckptconv.config import AXES, TAGS, ModelConfig, units
 from ckptconv.dialect import variants
 from ckptconv.dtypes import DTYPES
 from ckptconv.errors import CoverageError, MappingError, TopologyError
-from ckptconv.huggingface.family_config import CODECS
+from ckptconv.huggingface.config_table import CODECS
 from ckptconv.leaves import contiguous
 from ckptconv.mapping import BLOCK_KEYS, CONDITIONS, PARAMETERS
 from ckptconv.mapping_files import TOP_LEVEL, load_mapping, load_mapping_file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from ckptconv.combine import prepare_combine
 from ckptconv.config import ModelConfig
 from ckptconv.dtypes import FP32
 from ckptconv.executor.execute import execute
+from ckptconv.huggingface.sight import read_sight
 from ckptconv.layout import layout_from
+from ckptconv.mapping_files import load_mapping
 from ckptconv.megatron.args_multimodal import MULTIMODAL, TYPES, stated_tower, vision_type
 from ckptconv.megatron.args_table import Subject
 from ckptconv.megatron.args_write import write_args
@@ -78,7 +81,7 @@ NVLM = {
 
 def test_args_of_nvlm_are_what_its_recipe_says() -> None:
     raw = {"model_type": "NVLM_D", "dynamic_image_size": True, "max_dynamic_patch": 6, "use_thumbnail": True}
-    found = args({"class_tokens": 1}, {"raw": raw})
+    found = args({"class_tokens": 1}, read_sight(raw, "config.json", load_mapping("hf-nvlm")))
     assert {name: found[name] for name in NVLM} == NVLM
 
 
@@ -109,16 +112,49 @@ def test_language_models_alone_have_none_of_these() -> None:
     assert not {field.name for field in MULTIMODAL} & vars(write_args(subject({}, {"towers": {}}))).keys()
 
 
+def tower_of(name: str, **other: Any) -> ModelConfig:
+    """The tower that Megatron's example builds by a name, but for what is other."""
+    known = asdict(TYPES[name])
+    heads = known["heads"]
+    raw = {"hidden_act": known["activation"]}
+    return ModelConfig(
+        **{**known, "kv_heads": heads, "head_dim": 4, "vocab_rows": 0, "kind": "vision", "raw": raw, **other}
+    )
+
+
 @pytest.mark.parametrize("name", TYPES)
 def test_types_are_read_as_they_are_written(name: str) -> None:
-    family, heads, norm = TYPES[name]
-    tower = ModelConfig(family, 2, 64, heads, heads, 4, 96, 0, kind="vision", patch=4, qk_norm_full=norm)
+    tower = tower_of(name)
     assert vision_type(tower) == name
-    assert stated_tower({"vision_model_type": name}) == (family, heads)
+    assert stated_tower({"vision_model_type": name}) == (tower.family, tower.heads)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("clip", {"layers": 32, "hidden": 1280, "ffn": 5120, "activation": "gelu"}),  # ViT-H
+        ("clip", {"activation": "gelu"}),
+        ("siglip", {"layers": 24, "hidden": 1024, "ffn": 4096}),
+        ("siglip", {"heads": 12}),
+        ("internvit", {"layers": 48}),
+        ("radio-g", {"ffn": 6144}),
+    ],
+)
+def test_a_tower_that_the_example_would_build_otherwise_has_no_type(name: str, other: dict[str, Any]) -> None:
+    assert vision_type(tower_of(name, **other)) is None
+    vision = asdict(tower_of(name, **other)) | {"towers": {}, "true_heads": None}
+    written = args(vision, carried={"vision_model_type": name})
+    assert written["vision_model_type"] is None
+    assert stated_tower(written) == (vision["family"], vision["heads"])
+    assert args(vision, carried={"vision_model_type": "hf://mine"})["vision_model_type"] == "hf://mine"
+
+
+def test_files_of_megatron_do_not_tell_the_activation() -> None:
+    assert vision_type(tower_of("clip", activation="gelu", raw={})) == "clip"
 
 
 def test_heads_that_megatron_does_not_mean_have_no_type() -> None:
-    assert vision_type(ModelConfig("hf-clip", 2, 64, 4, 4, 16, 96, 0, kind="vision", patch=4)) is None
+    assert vision_type(tower_of("clip", heads=4)) is None
     assert stated_tower({"vision_model_type": "pixtral-vit"}) is None
     assert stated_tower({}) is None
 
@@ -135,7 +171,8 @@ def test_what_args_say_is_enough_to_read_a_model_of_ours_again(tmp_path: Path) -
     execute(prepare_combine(job, ckptconv.Job(GOLDEN / "internvit/src")).plan, tmp_path / "out", QUICK)
     written = read_rank(iteration_folder(tmp_path / "out") / "mp_rank_00" / "model_optim_rng.pt")["args"]
     assert isinstance(written, argparse.Namespace)
-    assert (written.vision_model_type, written.img_h, written.patch_dim) == ("internvit", 16, 4)
+    assert (written.vision_model_type, written.img_h, written.patch_dim) == (None, 16, 4)  # which is 3200 wide
+    assert (written.vision_family, written.vision_attention_heads) == ("hf-internvit", 25)
     tower = ckptconv.load(tmp_path / "out").config.towers["vision"]
     assert (tower.family, tower.heads, tower.true_heads) == ("hf-internvit", 26, 25)
 
@@ -147,7 +184,7 @@ def usage(job: ckptconv.Job, dst: str = "/out dir") -> list[str]:
 def test_usage_of_a_tower_names_the_next_step() -> None:
     job = ckptconv.Job(GOLDEN / "internvit/src", saver="mcore", layout=layout_from({"tp": 8}, None))
     said = " ".join(usage(job))
-    assert "--vision-model-type internvit" in said
+    assert "A vision tower (none that Megatron-LM's example has a --vision-model-type for)" in said
     assert "ckptconv combine LM '/out dir' DST --saver mcore --tp 8" in said
     assert "pretrain_gpt" not in said
 
@@ -155,7 +192,9 @@ def test_usage_of_a_tower_names_the_next_step() -> None:
 def test_usage_of_a_multimodal_model_is_for_its_script(tmp_path: Path) -> None:
     language, tower = make_hf(tmp_path / "lm", "mistral"), make_tower(tmp_path / "vision", "CLIPVisionModel")
     prepared = prepare_combine(ckptconv.Job(language, saver="mcore"), ckptconv.Job(tower))
-    head, *flags = prepared.usage("/out").splitlines()
+    head, *lines = prepared.usage("/out").splitlines()
+    flags = [line for line in lines if not line.startswith("note:")]
+    assert any("no --vision-model-type for this tower (hf-clip: 3 layers, width 64, 4 heads" in line for line in lines)
     assert "examples/multimodal/train.py" in head
     words = shlex.split(" ".join(flags))
     value = {flag: words[i + 1] for i, flag in enumerate(words[:-1]) if flag.startswith("--")}

@@ -250,3 +250,22 @@ def test_llava_of_its_authors_with_the_tower_becomes_that_of_transformers(tmp_pa
         loader_options={"vision-heads": 2},
     )
     same(load_file(source / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS))
+
+
+def test_llava_of_its_authors_and_of_transformers_see_the_same(tmp_path: Path) -> None:
+    tower = {"model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 3}
+    tower |= {"num_attention_heads": 2, "image_size": 336, "patch_size": 84}
+    seen: dict[str, Any] = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    whole = make_whole(tmp_path / "whole", "Llava", vision_config=tower, **seen)
+    said: dict[str, Any] = {"mm_vision_select_layer": -1, "mm_vision_select_feature": "cls_patch"}
+    source = changed(authors({"Llava": whole}, tmp_path / "src", tower=True), tmp_path / "saying", **said)
+    options = {"family": "llava(llama,clip)", "image-token": 130}
+    convert(source, tmp_path / "hf", saver="hf", saver_options=options)
+    assert {key: config_json(tmp_path / "hf")[key] for key in seen} == seen
+    convert(
+        tmp_path / "hf",
+        tmp_path / "back",
+        saver="hf",
+        saver_options={"family": "llava-liuhaotian(llama,clip-in-llava)"},
+    )
+    assert {key: config_json(tmp_path / "back")[key] for key in said} == said

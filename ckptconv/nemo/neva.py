@@ -157,6 +157,11 @@ def _projector(shapes: Dict[str, Shape], where: str) -> ModelConfig:
 def _vision(shapes: Dict[str, Shape], given: Given, where: str) -> ModelConfig:
     """The encoder's config: as given, else with the sizes that its tensors have."""
     if given.config is not None:
+        if given.heads not in (None, given.config.heads):
+            raise ConfigError(
+                f"{where}: {HEADS_FLAG} {given.heads}, but the config of the image encoder says {given.config.heads} attention heads; "
+                "leave one of them out"
+            )
         return given.config
     if not any(name.endswith("embeddings.patch_embedding.weight") for name in shapes):
         name = next(iter(shapes))
@@ -200,7 +205,7 @@ def given(encoder: Encoder, whole: ModelConfig | None, request: Request) -> Give
     tensors = read_weights(folder, request.check).tensors
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     config = replace(read_config(own_section(raw, mapping), where, mapping, shapes), family=mapping.name)
-    return Given(config, tensors={ENCODER + name: t for name, t in tensors.items() if not mapping.ignores(name)})
+    return Given(config, encoder.heads, {ENCODER + name: t for name, t in tensors.items() if not mapping.ignores(name)})
 
 
 def of_ranks(contents: Sequence[RankContent]) -> tuple[list[RankContent], dict[str, dict[str, Tensor]]]:

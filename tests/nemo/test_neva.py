@@ -229,6 +229,17 @@ def test_a_trained_encoder_is_not_replaced_without_a_word(llava: Path, tmp_path:
         ckptconv.load(tmp_path / "a.nemo")
 
 
+def test_heads_of_an_option_and_of_a_config_must_agree(archive: Archive, llava: Path, tmp_path: Path) -> None:
+    convert(llava / "whole", tmp_path / "a.nemo", saver="nemo", saver_options={"tokenizer": TOKENIZER})
+    for source, stated in (
+        (tmp_path / "a.nemo", {"config": llava / "whole"}),
+        (archive(NEVA), {"vision_encoder": llava / "vision"}),
+    ):
+        assert ckptconv.load(source, loader_options={**stated, "vision_heads": 4}).config.towers["vision"].heads == 4
+        with pytest.raises(ckptconv.CkptconvError, match=r"--loader\.vision-heads 2, but the config .* says 4"):
+            ckptconv.load(source, loader_options={**stated, "vision_heads": 2})
+
+
 def test_settings_are_those_of_nemos_own_converter(llava: Path, tmp_path: Path) -> None:
     """mm_cfg and data of an archive that convert_llava_hf_to_nemo.py made of a model of these sizes."""
     options = {"tokenizer": TOKENIZER, "frozen_vision": True, "vision_encoder": "openai/clip-vit-large-patch14"}

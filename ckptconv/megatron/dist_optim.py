@@ -14,7 +14,8 @@ from ckptconv.formats import Request
 from ckptconv.mapping_files import chosen
 from ckptconv.megatron import dist_optim_flat
 from ckptconv.megatron.dist_keys import OPTIMIZER
-from ckptconv.megatron.dist_optim_groups import OBJECT, rng_left, training_state
+from ckptconv.megatron.dist_optim_groups import OBJECT, rng_shards, training_state
+from ckptconv.megatron.optimizer import generators
 from ckptconv.megatron.optimizer.agreement import without_copies
 from ckptconv.megatron.optimizer.members import rules
 from ckptconv.tensor import Tensor
@@ -45,13 +46,13 @@ def attach(stored: Stored, contents: Contents, common: Dict[object, object], req
         found, copies = dist_optim_flat.slots(stored, contents, args, dialects)
     _refuse_incomplete(found, weights, rules(stored.config, stored.topology, args).frozen, where)
     tensors, pairs = without_copies({**weights, **found}, stored.places[Rank()])
-    notes = ("left behind: RNG state, which is filed by replicas of the model",) if rng_left(contents) else ()
-    objects = {**extras.objects, "state": []}
-    training = training_state(contents, common, where)
+    states = rng_shards(contents)
+    objects = {**extras.objects, "state": [], **({generators.FILED: states} if states else {})}
+    training = replace(training_state(contents, common, where), rng=generators.by_process(states))
     return replace(
         stored,
         ranks={Rank(): tensors},
-        extras=replace(extras, training=training, notes=(*extras.notes, *notes), objects=objects),
+        extras=replace(extras, training=training, objects=objects),
         replicas=(*stored.replicas, *copies, *pairs),
     )
 

@@ -1,4 +1,4 @@
-"""What a distributed checkpoint says of its optimizer beside tensors: param groups, how many updates were made, generators."""
+"""What a distributed checkpoint says of its optimizer beside tensors: param groups, how many updates were made; and generators."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ckptconv.checkpoint import TrainingState
 from ckptconv.errors import FormatError
-from ckptconv.megatron.grid import Process
+from ckptconv.megatron.optimizer import generators
 from ckptconv.megatron.optimizer.agreement import agreed, check_counted
 from ckptconv.megatron.optimizer.entries import chain, entries, settings_of, table
 
@@ -21,7 +21,6 @@ OBJECT = re.compile(
     r"(?:chained_(?P<chain>\d+)\.)?optimizer\.distributed\.dp_group_idx_(?P<group>\d+)\."
     r"(?P<what>optimizer|grad_scaler|param_state|per_bucket_numel|per_bucket_numel_unpadded)/shard_0_1"
 )
-_RNG = re.compile(r"rng_state/shard_(\d+)\.(\d+)_\d+\.\d+")  # with experts dealt out a third number counts replicas
 Saved = dict[object, object]
 
 
@@ -37,13 +36,14 @@ def training_state(contents: Contents, common: Dict[object, object], where: str)
         agreed(told),
         experts_apart=len(chain(common.get("optimizer"))) > 1,
         scheduler=None if scheduler is None else settings_of(scheduler, "opt_param_scheduler"),
-        rng=_rng(contents),
     )
 
 
-def rng_left(contents: Contents) -> bool:
-    """Whether there are generators that cannot be told apart by process."""
-    return any(key.startswith("rng_state/") and not _RNG.fullmatch(key) for key in contents.objects)
+def rng_shards(contents: Contents) -> generators.Shards:
+    """The states of generators as a rank file has them, a list of one, in which zarr files do not wrap them once more."""
+    found = {key: contents.value(key) for key in contents.objects if key.startswith("rng_state/")}
+    unwrapped = {key: (alone(value, key), value) for key, value in found.items()}
+    return {key: inner if isinstance(inner, list) else value for key, (inner, value) in unwrapped.items()}
 
 
 def _in_common(optimizer: object, where: str) -> Iterator[Saved]:
@@ -69,14 +69,6 @@ def _in_objects(contents: Contents) -> Iterator[Saved]:
             held = found.setdefault((match["chain"], match["group"]), {})
             held[match["what"]] = alone(contents.value(key), key)
     yield from found.values()
-
-
-def _rng(contents: Contents) -> dict[Process, object]:
-    return {
-        (int(match[1]), int(match[2]), 0): alone(contents.value(key), key)
-        for key in contents.objects
-        if (match := _RNG.fullmatch(key))
-    }
 
 
 def alone(value: object, key: str) -> object:

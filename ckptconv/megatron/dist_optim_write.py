@@ -14,9 +14,9 @@ from ckptconv.checkpoint import MASTER, Key, Stored, TrainingState
 from ckptconv.dtypes import FP32
 from ckptconv.errors import ConfigError
 from ckptconv.leaves import full
+from ckptconv.megatron.optimizer import generators
 from ckptconv.megatron.optimizer.members import Settings, has_decay, rules
 from ckptconv.megatron.optimizer.slots import all_slots
-from ckptconv.megatron.optimizer.writing import keeps_rng
 from ckptconv.megatron.saving import carried, refuse_half_a_state
 from ckptconv.megatron.versions import Core, show
 from ckptconv.tensor import Tensor
@@ -68,7 +68,7 @@ def filed(stored: Stored, form: OptimizerForm) -> Filed:
     held = stored.ranks[Rank()]
     names = [key.name for key in held if key.slot == "param" and not key.name.startswith(frozen)]
     tensors = {key: t for name in names for key, t in _slots(held, name, form, training.updates)}
-    return Filed(tensors, _generators(stored, training), _common(stored, training, form), form.metadata)
+    return Filed(tensors, generators.shards(stored), _common(stored, training, form), form.metadata)
 
 
 def experts_apart(stored: Stored, asked: bool | None) -> bool:
@@ -92,13 +92,6 @@ def _common(stored: Stored, training: TrainingState, form: OptimizerForm) -> dic
     chain = [_entry(stored, training, form, experts=e) for e in ((False, True) if form.experts_apart else (False,))]
     optimizer: dict[object, object] = dict(enumerate(chain)) if len(chain) > 1 else chain[0]
     return {"optimizer": optimizer, **({"opt_param_scheduler": training.scheduler} if training.scheduler else {})}
-
-
-def _generators(stored: Stored, training: TrainingState) -> dict[str, object]:
-    """States of random-number generators, where the layout is that of the source: one process."""
-    pps, tps = stored.topology.pp, stored.topology.tp
-    held = training.rng if keeps_rng(training, stored.topology) else {}
-    return {f"rng_state/shard_{pp}.{tp}_{pps}.{tps}": state for (pp, tp, _), state in held.items()}
 
 
 def _entry(stored: Stored, training: TrainingState, form: OptimizerForm, *, experts: bool) -> dict[object, object]:

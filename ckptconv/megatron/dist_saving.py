@@ -23,7 +23,7 @@ from ckptconv.megatron.dist_objects import objects
 from ckptconv.megatron.dist_optim_write import Filed, OptimizerForm, experts_apart, filed
 from ckptconv.megatron.folders import RELEASE, TRACKER, iteration_name
 from ckptconv.megatron.measure import LAYER
-from ckptconv.megatron.optimizer.writing import left_out
+from ckptconv.megatron.optimizer import generators
 from ckptconv.megatron.saving import (
     CHECKPOINT_VERSION,
     Form,
@@ -66,6 +66,7 @@ def save(stored: Stored, step: int | str | None, request: Request, form: Form, f
     folder = iteration_name(number)
     stacked = "l" in stored.mapping.stack
     apart = experts_apart(stored, filing.experts_apart)
+    stored = generators.unless_dealt_anew(stored, apart)
     state = filed(stored, OptimizerForm(form.core, "distributed" in form.written(stored), apart))
     entries = {**objects(stored.config, form.extra, stacked=stacked), **state.objects}
     whole = {key.name: tensor for key, tensor in tensors.items() if key.slot == "param"} | state.tensors
@@ -85,7 +86,7 @@ def save(stored: Stored, step: int | str | None, request: Request, form: Form, f
         "mcore_version": show(form.core.version),
         "format_notes": [
             *notes(stored.config, form.core, legacy=False),
-            *left_out(stored.extras.training, stored.topology),
+            *generators.left_out(stored, distributed=True),
         ],
     }
     return Plan(tuple(plan), about=about)
@@ -109,7 +110,9 @@ def written_args(stored: Stored, request: Request, form: Form) -> Namespace:
         stored.config, stored.topology, form.core, stored.config.dtype or FP32, divisor(stored.extras, request), form.local,
         experts=form.experts, ckpt_format=form.ckpt_format, carried=carried(stored.extras), written=form.written(stored),
     )  # fmt: skip
-    return write_args(subject)
+    args = write_args(subject)
+    args.__dict__.update(generators.sizes(generators.shards(stored)))
+    return args
 
 
 def telling(backend: str) -> bytes:

@@ -22,7 +22,8 @@ from ckptconv.megatron.extra_state import NAME as EXTRA_STATE
 from ckptconv.megatron.extra_state import ExtraState
 from ckptconv.megatron.folders import FILES, HF, OPTIMIZER_FILES, RELEASE, TRACKER, iteration_name, rank_name
 from ckptconv.megatron.grid import Process
-from ckptconv.megatron.optimizer.writing import Filing, Writer, keeps_rng, left_out
+from ckptconv.megatron.optimizer import generators
+from ckptconv.megatron.optimizer.writing import Filing, Writer
 from ckptconv.megatron.towers import with_extra_state
 from ckptconv.megatron.versions import Core, show
 from ckptconv.plan import File, Plan, Segment
@@ -46,6 +47,11 @@ class Form:
     ckpt_format: str = "torch"
     distributed: bool | None = None  # optimizer; None: as in the source
 
+    @property
+    def whole(self) -> bool:
+        """Whether tensors are whole, in a distributed checkpoint."""
+        return self.ckpt_format != "torch"
+
     def written(self, stored: Stored) -> frozenset[str]:
         """What of the training state the files hold."""
         training = stored.extras.training
@@ -53,7 +59,7 @@ class Form:
             return frozenset()
         asked = self.distributed
         distributed = carried(stored.extras).get("use_distributed_optimizer") is True if asked is None else asked
-        held = {"optimizer": True, "distributed": distributed, "rng": keeps_rng(training, stored.topology)}
+        held = {"optimizer": True, "distributed": distributed, "rng": generators.kept(stored, distributed=self.whole)}
         return frozenset(name for name, there in held.items() if there)
 
 
@@ -101,7 +107,7 @@ def save(stored: Stored, wanted: int | str | None, request: Request, form: Form)
         "mcore_version": show(form.core.version),
         "format_notes": [
             *notes(stored.config, form.core, legacy=form.legacy),
-            *left_out(stored.extras.training, stored.topology),
+            *generators.left_out(stored, distributed=False),
         ],
     }
     return Plan(tuple(files), about=about)

@@ -56,7 +56,7 @@ def save(run: Run, place: Path, common: dict[str, Any]) -> None:
     slots = {w: found for member in members for w, found in member.views(member.gathered()).items()}
     mine = [(name, w) for name, w in run.weights() if speaks_for(w, run.grid)]
     filed = _blocks(run, [(name, w, w.detach().to(t.stored)) for name, w in mine], slots)
-    filed |= dict(_extra_states(run, mine)) | {_rng_key(run): common.pop("rng_state")}
+    filed |= dict(_extra_states(run, mine)) | {_rng_key(run): [common.pop("rng_state")]}
     planner = DefaultSavePlanner(flatten_state_dict=False)
     state_dict_saver.save(filed, storage_writer=FileSystemWriter(place), planner=planner)
     if dist.get_rank() == 0:
@@ -81,7 +81,7 @@ def load(run: Run, place: Path, weights_only: bool) -> dict[str, Any]:
     state_dict_loader.load(wanted, storage_reader=reader, planner=planner)
     for member, flat in zip(members, flats, strict=True):
         member.restore(flat, _steps(common["optimizer"]))
-    return common | {"rng_state": wanted.get(_rng_key(run))}
+    return common | {"rng_state": wanted.get(_rng_key(run), [None])[0]}
 
 
 def _steps(state: dict[Any, Any]) -> list[float]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import ckptconv
 from ckptconv.checkpoint import EXP_AVG, Key, TrainingState
@@ -141,8 +143,9 @@ def test_experts_come_together(trained: Get, tmp_path: Path) -> None:
     ids=["dense", "experts"],
 )
 def test_it_goes_on_from_rank_files_made_of_it_and_these_come_back_unchanged(
-    name: str, form: str, to: Layout, trained: Get, tmp_path: Path
+    name: str, form: str, to: Layout, trained: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """But for generators, which are those of other processes."""
     there = trained(name)
     options: dict[str, Any] = {"transformer_impl": "local"} | ({"experts": "sequential"} if to.ep > 1 else {})
     degrees = {"tp": to.tp, "pp": to.pp, "ep": to.ep, "vocab_divisor": there.run.rows // to.tp}
@@ -152,24 +155,59 @@ def test_it_goes_on_from_rank_files_made_of_it_and_these_come_back_unchanged(
     back = _convert(
         ranks, tmp_path / "back", saver="mcore-dist", saver_options={"transformer_impl": "local"}, vocab_divisor=there.run.rows
     )  # fmt: skip
+    monkeypatch.setattr(dist_optim, "rng_shards", lambda _: {})
     direct = contents(converted(there, form, tmp_path / "direct"))
     assert {k: v for k, v in contents(back).items() if "common" not in k} == {
         k: v for k, v in direct.items() if "common" not in k
     }
 
 
-def test_generators_go_on_where_the_processes_are_the_same(trained: Get, tmp_path: Path) -> None:
-    there = trained("alone")
-    ours = converted(there, FULLY, tmp_path / "ours")
-    assert generators(Layout(), ours) == generators(Layout(), there.places[FULLY])
-    assert resume(there.run, ours) == there.steps[SAVED_AT:]
+def said_of(folder: Path, *names: str) -> list[object]:
+    """Args of a distributed checkpoint, as torch reads them."""
+    args = torch.load(iteration_folder(folder) / "common.pt", weights_only=False)["args"]
+    return [getattr(args, name) for name in names]
 
 
-def test_generators_of_other_processes_are_left_out_and_that_is_said(trained: Get, tmp_path: Path) -> None:
-    ours = converted(trained("plain"), PLAIN, tmp_path / "ours")
-    assert "random-number generators belong to processes" in (ours / "ckptconv.json").read_text()
-    with pytest.raises(RuntimeError, match="rng_state"):
-        generators(Layout(tp=2, pp=2), ours)
+SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+
+
+@pytest.mark.parametrize(("name", "form"), [("alone", FULLY), ("dense", BUCKETS), ("plain", PLAIN), ("experts", FULLY)])
+def test_generators_go_on_where_the_processes_are_the_same(name: str, form: str, trained: Get, tmp_path: Path) -> None:
+    """With experts dealt to ranks, too. Megatron asks for them where tensor and pipeline parallel sizes are those of the args."""
+    there = trained(name)
+    layout, ours = there.run.layout, converted(there, form, tmp_path / "ours")
+    assert generators(layout, ours) == generators(layout, there.places[form])
+    assert said_of(ours, *SIZES, "no_save_rng") == [layout.tp, layout.pp, False]
+    assert resume(there.run, ours) == resume(there.run, there.places[form])
+
+
+def test_generators_go_on_by_way_of_rank_files(trained: Get, tmp_path: Path) -> None:
+    there = trained("plain")
+    degrees = {"tp": 2, "pp": 2, "vocab_divisor": there.run.rows // 2}
+    ranks = converted(there, PLAIN, tmp_path / "ranks", saver="mcore", **degrees)
+    back = _convert(ranks, tmp_path / "back", saver="mcore-dist", vocab_divisor=there.run.rows)
+    assert generators(there.run.layout, back) == generators(there.run.layout, there.places[PLAIN])
+    assert said_of(back, *SIZES) == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "why"),
+    [
+        ("plain", {"saver": "mcore", "tp": 2, "pp": 1}, "belong to processes, and these are others"),
+        ("experts-together", {"experts_apart": True}, "numbered by replica of the model"),
+        ("experts", {"experts_apart": False}, "numbered by replica of the model"),
+    ],
+)
+def test_generators_of_other_processes_are_left_out_and_that_is_said(
+    name: str, options: dict[str, Any], why: str, trained: Get, tmp_path: Path
+) -> None:
+    there = trained(name)
+    ours = converted(there, CASES[name].forms[0], tmp_path / "ours", **options)
+    (note,) = json.loads((ours / "ckptconv.json").read_text())["about"]["format_notes"]
+    assert why in note
+    if "saver" not in options:
+        assert not any(key.startswith("rng_state") for key in dcp.read(iteration_folder(ours)).objects)
+        assert said_of(ours, *SIZES, "no_save_rng") == [1, 1, True]
 
 
 # -- what must fail ---------------------------------------------------------------------------------------------------

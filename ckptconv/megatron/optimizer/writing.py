@@ -10,13 +10,13 @@ from ckptconv.checkpoint import EXP_AVG, Key, Stored, TrainingState
 from ckptconv.dtypes import FP32, DType
 from ckptconv.errors import ConfigError
 from ckptconv.megatron.grid import Process
-from ckptconv.megatron.optimizer import buffers, lists
+from ckptconv.megatron.optimizer import buffers, generators, lists
 from ckptconv.megatron.optimizer.lists import Slot
 from ckptconv.megatron.optimizer.members import Member, Settings, has_decay, rules
 from ckptconv.megatron.optimizer.slots import all_slots
 from ckptconv.megatron.versions import Core
 from ckptconv.tensor import Tensor
-from ckptconv.topology import Rank, Topology
+from ckptconv.topology import Rank
 
 GROUPS_ALIGNED, GROUPS_SORTED = (0, 14), (0, 16)  # since when all ranks have all groups, and in one order
 Names = Dict[Process, Sequence[Sequence[str]]]
@@ -66,7 +66,7 @@ class Writer:
         saved: dict[object, object] = {"optimizer": chain if len(chain) > 1 else chain[0]}
         if self.training.scheduler is not None:
             saved["opt_param_scheduler"] = self.training.scheduler
-        if keeps_rng(self.training, self.topology):
+        if generators.kept(self.stored, distributed=False):
             saved["rng_state"] = self.training.rng[process]
         return saved
 
@@ -149,17 +149,3 @@ class Writer:
                 f"optimizer state is fp32 in these files, but {len(unlike)} tensors are not: {', '.join(unlike[:4])}"
             )
         return slots
-
-
-def left_out(training: TrainingState | None, topology: Topology) -> tuple[str, ...]:
-    """What of the training state a run will not find."""
-    if training is None or not training.rng or keeps_rng(training, topology):
-        return ()
-    return (
-        "states of random-number generators belong to processes, and these are others: --no-load-rng has Megatron seed them",
-    )
-
-
-def keeps_rng(training: TrainingState, topology: Topology) -> bool:
-    """Random-number generators belong to processes: to other processes they say nothing."""
-    return bool(training.rng) and training.rng.keys() == set(topology.processes())

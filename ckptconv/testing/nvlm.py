@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TILE = 448  # pixels along a side
-THUMBNAIL = "<tile_global_thumbnail>"  # the whole image, last of its tiles
+GLOBAL, GLOBAL_OF_YI = "tile_global_thumbnail", "tile_global"  # the whole image, last of its tiles
 EPS = 1e-6
 
 
@@ -42,9 +42,11 @@ def tiles(image: Tensor, most: int = 6, tile: int = TILE) -> Tensor:
     return cut if len(cut) == 1 else torch.cat([cut, resized(tile, tile)])
 
 
-def tags(count: int) -> list[str]:
-    """The words before each of an image's tiles, of which the last is the thumbnail."""
-    return [f"<tile_{i}>" for i in range(1, count)] + [THUMBNAIL]
+def tags(count: int, most: int = 6, thumbnail: str = GLOBAL) -> list[str]:
+    """The words before each of an image's tiles, of which the last is the thumbnail; with ten tiles or more all are of one length."""
+    if most < 10:
+        return [f"<tile_{i}>" for i in range(1, count)] + [f"<{thumbnail}>"]
+    return [f"<tile_{i:02d}>" for i in range(1, count)] + [f"<{thumbnail}0>"]
 
 
 def shuffled(patches: Tensor) -> Tensor:

@@ -21,32 +21,47 @@ IMAGE_TOKEN = 95
 @pytest.mark.parametrize(
     ("width", "height", "six", "twelve"),
     [
-        (448, 448, 1, 1), (896, 448, 3, 3), (1344, 896, 7, 7), (640, 480, 7, 13), (480, 640, 7, 13), (2000, 500, 5, 5),
-        (1920, 1080, 3, 9), (1000, 1000, 5, 10), (300, 300, 1, 1),
+        (448, 448, (1, 1), (1, 1)), (896, 448, (2, 1), (2, 1)), (448, 896, (1, 2), (1, 2)), (1344, 896, (3, 2), (3, 2)),
+        (640, 480, (3, 2), (4, 3)), (480, 640, (2, 3), (3, 4)), (2000, 500, (4, 1), (4, 1)), (500, 2000, (1, 4), (1, 4)),
+        (1920, 1080, (2, 1), (4, 2)), (1080, 1920, (1, 2), (2, 4)), (1000, 1000, (2, 2), (3, 3)), (300, 300, (1, 1), (1, 1)),
+        (3000, 1000, (3, 1), (6, 2)), (700, 1000, (2, 3), (2, 3)),
     ],
 )  # fmt: skip
-def test_tiles_are_as_many_as_the_published_code_makes(width: int, height: int, six: int, twelve: int) -> None:
-    """Counted with Megatron's own function, thumbnail included."""
-    for most, count in ((6, six), (12, twelve)):
-        columns, rows = nvlm.grid(width, height, most)
-        assert columns * rows + (columns * rows > 1) == count
+def test_columns_and_rows_are_those_of_the_published_code(
+    width: int, height: int, six: tuple[int, int], twelve: tuple[int, int]
+) -> None:
+    """Chosen by dynamic_preprocess of Megatron-LM 0.12 (examples/multimodal/image_processing.py), run on images of these sizes."""
+    assert (nvlm.grid(width, height, 6), nvlm.grid(width, height, 12)) == (six, twelve)
 
 
-def test_tiles_lie_row_by_row_with_the_whole_image_last() -> None:
-    """Each quarter of the image has a colour of its own."""
-    image = torch.zeros(3, 64, 64)
-    for i in range(4):
-        image[:, 32 * (i // 2) : 32 * (i // 2) + 32, 32 * (i % 2) : 32 * (i % 2) + 32] = i
-    found = nvlm.tiles(image, most=4, tile=32)
-    assert found.shape == (5, 3, 32, 32)
-    middle = found[:4, 0, 16, 16]
-    np.testing.assert_allclose(middle.numpy(), [0, 1, 2, 3], atol=1e-5)
-    np.testing.assert_allclose(found[4].mean(), 1.5, atol=0.01)
+@pytest.mark.parametrize(("columns", "rows"), [(2, 2), (4, 1), (1, 4), (3, 2), (2, 3)])
+def test_tiles_lie_row_by_row_with_the_whole_image_last(columns: int, rows: int) -> None:
+    """Each tile of the image has a colour of its own."""
+    image = torch.zeros(3, 32 * rows, 32 * columns)
+    for i in range(columns * rows):
+        row, column = divmod(i, columns)
+        image[:, 32 * row : 32 * row + 32, 32 * column : 32 * column + 32] = i
+    found = nvlm.tiles(image, tile=32)
+    assert found.shape == (columns * rows + 1, 3, 32, 32)
+    np.testing.assert_allclose(found[:-1, 0, 16, 16].numpy(), np.arange(columns * rows), atol=1e-5)
+    np.testing.assert_allclose(found[-1].mean(), (columns * rows - 1) / 2, atol=0.01)
+    assert found[-1, 0, 1, 1] < 0.1  # the thumbnail is the whole of it, the right way up
+    assert found[-1, 0, -2, -2] > columns * rows - 1.1
 
 
 def test_tags_number_the_tiles_and_name_the_thumbnail() -> None:
+    """As _get_tile_tags of Megatron-LM's multimodal example (model.py) has them: for NVLM-D's Qwen2, and for Yi."""
     assert nvlm.tags(3) == ["<tile_1>", "<tile_2>", "<tile_global_thumbnail>"]
     assert nvlm.tags(1) == ["<tile_global_thumbnail>"]
+    assert nvlm.tags(2, thumbnail=nvlm.GLOBAL_OF_YI) == ["<tile_1>", "<tile_global>"]
+    twelve = [f"<tile_0{i}>" for i in range(1, 10)] + [
+        "<tile_10>",
+        "<tile_11>",
+        "<tile_12>",
+        "<tile_global_thumbnail0>",
+    ]
+    assert nvlm.tags(13, most=12) == twelve
+    assert nvlm.tags(2, most=10, thumbnail=nvlm.GLOBAL_OF_YI) == ["<tile_01>", "<tile_global0>"]
 
 
 def test_pixel_shuffle_is_megatron_cores() -> None:

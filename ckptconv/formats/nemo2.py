@@ -65,7 +65,8 @@ class Nemo2:
     Save = Nemo2Save
 
     def sniff(self, path: Path) -> bool:
-        return path.is_dir() and (path / WEIGHTS).is_dir() and context.has_context(path)
+        there = path.is_dir() and ((path / WEIGHTS).is_dir() or distributed.is_distributed(path))
+        return there and context.has_context(path)
 
     def load(self, path: Path, options: Nemo2Load, request: Request) -> Stored:
         folder = _weights(path)

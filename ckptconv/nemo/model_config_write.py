@@ -172,7 +172,20 @@ def _layout(topology: Topology) -> dict[str, object]:
         "pipeline_model_parallel_size": topology.pp,
         "virtual_pipeline_model_parallel_size": None,
         **dict.fromkeys((*ENDS, "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")),
+        **(_ends(topology) or {}),
     }
+
+
+def _ends(topology: Topology) -> dict[str, object] | None:
+    """Stages of other sizes at the ends, in the words of NeMo 2.3 and newer. None: it has no words for these."""
+    held = [len(stage.layers) for stage in topology.stages]
+    if len(set(held)) == 1:
+        return {}
+    middle = held[1:-1] or held[-1:]
+    if len(set(middle)) > 1 or 0 in held:
+        return None
+    first, last = (None if end == middle[0] else end for end in (held[0], held[-1]))
+    return {"num_layers_in_first_pipeline_stage": first, "num_layers_in_last_pipeline_stage": last}
 
 
 def _files(form: Form, dtype: DType, settings: Dict[str, object]) -> dict[str, object]:
@@ -213,7 +226,7 @@ def _sequence_lengths(config: ModelConfig, settings: dict[str, object], *, fresh
 
 def refuse_inexpressible(config: ModelConfig, topology: Topology, form: Form) -> None:
     """Models and layouts that NeMo would build otherwise: written files would be wrong."""
-    problems = [*neva_config.problems(config), *_layout_problems(config, topology)]
+    problems = [*neva_config.problems(config), *_layout_problems(config, topology, form)]
     if config.kind == "text":
         problems += _model_problems(config)
     if not form.mcore and config.kind == "text":
@@ -249,12 +262,15 @@ def _scaling_problems(config: ModelConfig) -> list[str]:
     return [f"llama3 rope scaling with {', '.join(other)}"] if other else []
 
 
-def _layout_problems(config: ModelConfig, topology: Topology) -> list[str]:
+def _layout_problems(config: ModelConfig, topology: Topology, form: Form) -> list[str]:
+    """NeMo keeps the chunks of an interleaved pipeline in a list, which neither saves nor loads rank files of an archive."""
     if topology.vpp > 1:
-        return [f"an interleaved pipeline (vpp {topology.vpp}) in an archive"]
-    held = [len(stage.layers) for stage in topology.stages]
-    if len(set(held)) > 1:
-        return [f"{config.layers} layers over {topology.pp} stages as {held}: its stages are all equal"]
+        return [f"an interleaved pipeline (vpp {topology.vpp}) in an archive: it neither saves nor loads one there"]
+    stages = f"{config.layers} layers over {topology.pp} stages as {[len(stage.layers) for stage in topology.stages]}"
+    if (ends := _ends(topology)) is None:
+        return [f"{stages}: only its first and last stage may have other sizes"]
+    if ends and (not form.mcore or neva_config.is_neva(config)):
+        return [f"{stages}: stages of {'NeVA' if form.mcore else 'such models'} are all equal"]
     return []
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import ckptconv
 from ckptconv import Job, prepare
@@ -44,6 +45,19 @@ def test_a_round_of_layouts_ends_with_the_same_file(legacy: bool, source: Path, 
         assert padding(last, 392) == []
         assert sum(name.endswith("model_weights.ckpt") for name in members(last)) == layout["tp"] * layout["pp"]
     assert last.read_bytes() == (tmp_path / "0.nemo").read_bytes()
+
+
+def test_stages_of_other_sizes_and_back_have_the_same_weights(source: Path, tmp_path: Path) -> None:
+    """In the words that Megatron-Core has for a first and a last stage, which NeMo 2.3 and newer take from the file."""
+    convert(source, tmp_path / "a.nemo", saver="nemo", saver_options={"weights": "ranks"})
+    convert(tmp_path / "a.nemo", tmp_path / "b.nemo", tp=2, pp=3, pp_layers="1,2,1")
+    files = contents(tmp_path / "b.nemo")
+    held = [loaded(files[f"tp_rank_00_pp_rank_00{pp}/model_weights.ckpt"]) for pp in range(3)]
+    assert [sum(name.endswith("linear_proj.weight") for name in stage) for stage in held] == [1, 2, 1]
+    convert(tmp_path / "b.nemo", tmp_path / "c.nemo", tp=1, pp=1)
+    assert contents(tmp_path / "c.nemo")["model_weights.ckpt"] == contents(tmp_path / "a.nemo")["model_weights.ckpt"]
+    said = yaml.safe_load(contents(tmp_path / "c.nemo")["model_config.yaml"])
+    assert said["num_layers_in_first_pipeline_stage"] is said["num_layers_in_last_pipeline_stage"] is None
 
 
 def test_distributed_to_ranks_and_back_is_the_same_file(source: Path, tmp_path: Path) -> None:

@@ -55,6 +55,8 @@ def test_the_oldest_layout_has_no_subfolders(folder: Path, hf: Callable[..., Pat
             path.rename(folder / path.name)
         (folder / part).rmdir()
     assert verify(Job(folder, loader="nemo2"), hf("llama")).same
+    with pytest.raises(FormatError, match="it looks like mcore-dist and nemo2; say which with --loader"):
+        ckptconv.load(folder)
 
 
 def test_io_json_is_enough(folder: Path, hf: Callable[..., Path]) -> None:

@@ -22,7 +22,7 @@ from ckptconv.errors import FormatError, PlanError, UsageError
 from ckptconv.leaves import full
 from ckptconv.nemo import lightning, model_config, omegaconf
 from ckptconv.nemo.run_state import RunState, run_state
-from ckptconv.pipeline import Job
+from ckptconv.pipeline import Job, load
 from ckptconv.registry import sniff
 from tests.unit.helpers.nemo import extracted, nemo
 from tools.golden_cases import convert
@@ -70,6 +70,47 @@ def test_rank_files_are_found_from_one_of_them(trained: tuple[Path, Path], tmp_p
     assert verify(archive, tmp_path / "out.nemo").same
     with pytest.raises(UsageError, match="lightning is only read"):
         convert(archive, tmp_path / "no", saver="lightning")
+
+
+def interleaved(saved: list[dict[str, Any]], config: dict[str, Any], pp: int, key: str) -> dict[str, Any]:
+    """What stage `pp` of two saves of the same four layers in two chunks each: `saved` are both stages' weights, without interleaving."""
+    chunks: dict[str, Any] = {}
+    for v in (0, 1):
+        layer = v * 2 + pp  # of the model; a chunk has one, and counts from 0
+        chunk = chunks[key.format(v)] = {}
+        for name, value in saved[layer // 2].items():
+            inner = name.removeprefix("model.")
+            if f".layers.{layer % 2}." in inner:
+                chunk[inner.replace(f".layers.{layer % 2}.", ".layers.0.")] = value
+            elif ".layers." not in inner and (layer == (0 if "embedding" in inner else 3) or "rotary" in inner):
+                chunk[inner] = value
+    config = {**config, "virtual_pipeline_model_parallel_size": 2}
+    return {
+        **RUN,
+        "optimizer_states": [],
+        "lr_schedulers": [],
+        "loops": {},
+        "state_dict": {},
+        **chunks,
+        "hyper_parameters": {"cfg": config},
+    }
+
+
+@pytest.mark.parametrize("key", ["model{}", "model_{}"])
+def test_chunks_of_an_interleaved_pipeline(key: str, tmp_path: Path) -> None:
+    archive = nemo("legacy_mha_tp2pp2", tmp_path)
+    folder = extracted(archive, tmp_path / "unpacked")
+    for tp in (0, 1):
+        stages = [folder / f"tp_rank_{tp:02d}_pp_rank_{pp:03d}" for pp in (0, 1)]
+        saved = [torch.load(stage / "model_weights.ckpt", weights_only=False) for stage in stages]
+        for pp, stage in enumerate(stages):
+            (tmp_path / "run" / stage.name).mkdir(parents=True)
+            torch.save(interleaved(saved, config_of(folder), pp, key), tmp_path / "run" / stage.name / NAME)
+    found = load(tmp_path / "run")
+    assert not any("left behind" in note for note in found.extras.notes)
+    assert verify(Job(tmp_path / "run"), archive).same
+    convert(tmp_path / "run", tmp_path / "out.nemo", saver="nemo", tp=1, pp=1)
+    assert verify(archive, tmp_path / "out.nemo").same
 
 
 def test_a_configuration_of_omegaconf_is_read_as_the_yaml_it_was_made_of() -> None:

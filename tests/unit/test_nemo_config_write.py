@@ -15,7 +15,7 @@ from ckptconv.megatron.args_read import llama3_scaling
 from ckptconv.nemo import model_config, yaml_file
 from ckptconv.nemo.model_config_write import Form, Tokenizer, write
 from ckptconv.nemo.rope_buffer import inverse_frequencies
-from ckptconv.topology import Topology, even, with_stages
+from ckptconv.topology import Topology, even, even_counts, with_stages
 from tests.unit.helpers.nemo_configs import CASES, golden, nemo_of, source_of
 
 LLAMAS = [case for case in CASES if not case.startswith("neva")]
@@ -166,7 +166,8 @@ LEGACY = Form(mcore=False, transformer_engine=False)
         ({"rope": Rope(1e4, 1.0, {"rope_type": "yarn", "factor": 4.0})}, Form(), even(4), "rope scaling 'yarn'"),
         ({"mlp_bias": True}, Form(), even(4), "biases q/k/v no, attention output no, mlp yes"),
         ({"activation": "quick_gelu"}, Form(), even(4), "activation 'quick_gelu' with a gate"),
-        ({}, Form(), with_stages(Topology(pp=2), [[3, 1]]), "its stages are all equal"),
+        ({"kv_heads": 8}, LEGACY, with_stages(Topology(pp=2), [[3, 1]]), "as [3, 1]: stages of such models are all equal"),
+        ({"layers": 8}, Form(), with_stages(Topology(pp=4), [[2, 1, 3, 2]]), "only its first and last stage may"),
         ({}, Form(), even(4, pp=2, vpp=2), "an interleaved pipeline"),
     ],
 )  # fmt: skip
@@ -176,6 +177,20 @@ def test_what_nemo_cannot_say_is_refused(
     with pytest.raises(ConfigError) as caught:
         table_of(model(**changes), form, topology=topology)
     assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("held", "first", "last"), [([3, 1], 3, None), ([1, 2, 2], 1, None), ([1, 3, 3, 1], 1, 1), ([2, 2, 1], None, 1), ([2, 2], None, None)]
+)  # fmt: skip
+def test_stages_of_other_sizes_at_the_ends_are_said_and_read_alike(
+    held: list[int], first: int | None, last: int | None
+) -> None:
+    topology = with_stages(Topology(pp=len(held)), [held])
+    table = table_of(model(layers=sum(held)), topology=topology)
+    names = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+    assert tuple(table.get(name) for name in names) == (first, last)
+    layout = model_config.statement(model_config.read(yaml_file.dump(table), "x"), None).layout
+    assert (layout.counts or even_counts(sum(held), len(held), 1)) == [held]
 
 
 def test_a_dtype_without_a_precision_is_refused() -> None:

@@ -32,6 +32,7 @@ from ckptconv.megatron.saving import (
     final_file,
     hf_files,
     step_to_write,
+    vocab_notes,
 )
 from ckptconv.megatron.versions import show
 from ckptconv.plan import File, Plan
@@ -86,6 +87,7 @@ def save(stored: Stored, step: int | str | None, request: Request, form: Form, f
         "mcore_version": show(form.core.version),
         "format_notes": [
             *notes(stored.config, form.core, legacy=False),
+            *vocab_notes(stored, request),
             *generators.left_out(stored, distributed=True),
         ],
     }

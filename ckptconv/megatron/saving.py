@@ -92,6 +92,18 @@ def vocab_rows(config: ModelConfig, topology: Topology, multiple: int) -> int:
     return config.vocab_rows
 
 
+def vocab_notes(stored: Stored, request: Request) -> tuple[str, ...]:
+    """What becomes of a wish for other padding where the true size is not known: rows that do not meet it are refused."""
+    config, asked = stored.config, request.vocab_divisor
+    if asked is None or config.vocab is not None or config.kind == "vision":
+        return ()
+    step = asked * stored.topology.tp
+    said = f"--make-vocab-size-divisible-by {asked}: how many of the embedding's {config.vocab_rows} rows are real is not known"
+    if config.vocab_rows % step:
+        raise ConfigError(f"{said}, and they are no multiple of {asked} x tp {stored.topology.tp}: give --vocab-size")
+    return () if config.vocab_rows == step else (f"{said}, so they are left as they are; --vocab-size tells it",)
+
+
 def save(stored: Stored, wanted: int | str | None, request: Request, form: Form) -> Plan:
     """All files. The tracker is written last: a folder without it is no checkpoint to Megatron."""
     refuse_half_a_state(stored)
@@ -107,6 +119,7 @@ def save(stored: Stored, wanted: int | str | None, request: Request, form: Form)
         "mcore_version": show(form.core.version),
         "format_notes": [
             *notes(stored.config, form.core, legacy=form.legacy),
+            *vocab_notes(stored, request),
             *generators.left_out(stored, distributed=False),
         ],
     }

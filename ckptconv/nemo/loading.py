@@ -197,9 +197,10 @@ def _behind(opened: Opened) -> Iterator[str]:
     if other := sorted(name for name in referred if name and name != model):
         yield f"travel to another .nemo archive, and nowhere else: {', '.join(other)}"
     if opened.config.tokenizer.get("library") == "huggingface" and not opened.given:
+        name = opened.config.tokenizer.get("type") or "one that it is not told (tokenizer.type)"
         yield (
-            f"the tokenizer is not packed: NeMo takes {opened.config.tokenizer.get('type')} of Hugging Face; {TOKENIZER_FLAG} FOLDER "
-            "brings its files and says how many tokens it has"
+            f"the tokenizer is not packed: NeMo takes {name} of Hugging Face; {TOKENIZER_FLAG} FOLDER brings its files and says how "
+            "many tokens it has"
         )
     rest = [name for name in opened.archive.members if not _is_own(name) and name not in referred]
     if rest := sorted(name for name in rest if not any(fnmatchcase(name, pattern) for pattern in UNMENTIONED)):

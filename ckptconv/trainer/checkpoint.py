@@ -73,7 +73,7 @@ def args(run: Run) -> Namespace:
     config = run.config
     m, t, at, v = config.model, config.training, config.layout, config.vision
     seeing = {} if v is None else {
-        "language_model_type": "llama", "vision_model_type": "clip", "img_h": v.image, "img_w": v.image, "patch_dim": v.patch,
+        "language_model_type": "llama", "vision_model_type": None, "img_h": v.image, "img_w": v.image, "patch_dim": v.patch,
         "disable_vision_class_token": True, "freeze_LM": "language_model." in t.freeze, "freeze_ViT": "vision_model." in t.freeze,
     }  # fmt: skip
     return Namespace(

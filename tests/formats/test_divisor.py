@@ -9,7 +9,7 @@ import pytest
 
 from ckptconv.errors import ConfigError
 from ckptconv.pipeline import Job, prepare
-from tests.formats.test_mcore_load import make
+from tests.formats.helpers.megatron import make
 
 
 def job(tmp_path: Path, divisor: int, saver: str, **wishes: Any) -> Job:

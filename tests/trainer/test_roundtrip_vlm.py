@@ -51,6 +51,12 @@ def first(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def alone() -> Curve:
+    """The first stage, never stopped."""
+    return launch(1, lambda: curve(PROJECTOR))[0]
+
+
+@pytest.fixture(scope="module")
 def second(first: Path, folder: Path) -> tuple[Path, Curve]:
     """After the second stage, at tp2 pp2, from what was resharded."""
     there = reshard(first, folder / "first-tp2pp2", optimizer="drop", **SPREAD)
@@ -84,12 +90,26 @@ def test_frozen_parts_keep_every_bit(
     assert same == {name: part(name) in frozen for name in was}
 
 
-def test_a_stage_that_is_not_over_goes_on_elsewhere(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("before", "world", "after", "sharded"),
+    [({}, 1, SPREAD, False), ({"tp": 2}, 2, {"tp": 1, "pp": 2}, True)],
+    ids=["one to tp2pp2", "tp2 to pp2, sharded"],
+)
+def test_a_stage_that_is_not_over_goes_on_elsewhere(
+    before: dict[str, int], world: int, after: dict[str, int], sharded: bool, tmp_path: Path, alone: Curve
+) -> None:
     """Only the projector has optimizer state, and args say that the rest is frozen."""
-    launch(1, lambda: train(PROJECTOR.but(steps=SAVED), save=folder / "half"))
-    there = reshard(folder / "half", folder / "half-tp2pp2", **SPREAD)
-    found = launch(4, lambda: curve(PROJECTOR.at(**SPREAD), load=there))[0]
-    assert distance(found, launch(1, lambda: curve(PROJECTOR))[0][SAVED:STEPS]) < EXACT
+    config = PROJECTOR.but(distributed_optimizer=sharded)
+    launch(world, lambda: train(config.at(**before).but(steps=SAVED), save=tmp_path / "half"))
+    there = reshard(tmp_path / "half", tmp_path / "elsewhere", **after)
+    found = launch(after["tp"] * after["pp"], lambda: curve(config.at(**after), load=there))[0]
+    assert distance(found, alone[SAVED:STEPS]) < EXACT
+
+
+def test_heads_are_asked_for(first: Path) -> None:
+    """Nothing in the files of a tower of one's own tells how many it has."""
+    with pytest.raises(ckptconv.CkptconvError, match="vision-heads"):
+        ckptconv.load(first)
 
 
 def test_transformers_computes_the_same_from_the_converted_end(

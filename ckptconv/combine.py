@@ -14,6 +14,7 @@ from ckptconv.errors import ConfigError, UsageError
 from ckptconv.formats import Format
 from ckptconv.huggingface.family_config import config_text, is_family, write_config
 from ckptconv.huggingface.sections import of_parts, own_code, write
+from ckptconv.huggingface.sight import read_sight
 from ckptconv.mapping import Mapping
 from ckptconv.mapping_files import chosen, families_of_parts, family_names, load_mapping
 from ckptconv.parts import CONFIG, LANGUAGE, PARTS, combine, extract, parts_of, swap
@@ -156,7 +157,8 @@ def _described(model: Checkpoint, mapping: Mapping, job: Job) -> Checkpoint:
     except ConfigError as error:
         return _noted(model, f"{NO_CONFIG} {mapping.name}: {str(error).splitlines()[0]}")
     files = {**model.extras.files, CONFIG: literal(config_text(table))}
-    described = replace(config, family=mapping.name, raw=table)
+    seen = read_sight(table, CONFIG, mapping) if mapping.parts else {}
+    described = replace(config, family=mapping.name, raw=table, **seen)
     return replace(model, config=described, extras=replace(model.extras, files=files))
 
 

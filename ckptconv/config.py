@@ -79,9 +79,7 @@ class ModelConfig:
     linear: bool = False  # a projector of one layer
     newline: bool = False  # LLaVA-NeXT's learned end of a row of tiles, beside its projector
     # how a language model sees images, of the whole model; None: nothing says it
-    feature_layer: int | None = (
-        None  # the tower's layer that the projector takes, as hidden states are numbered: -1 is the last
-    )
+    feature_layer: int | None = None  # of the tower, for the projector; as hidden states are numbered: -1 is the last
     feature_select: str | None = None  # of its entries: "patch", or "full" with the class token
     shuffle: str | None = None  # where four patches are one: their grid lies by "rows", or by "columns"
     image_token: int | None = None  # which stands for a piece of an image
@@ -157,15 +155,8 @@ class ModelConfig:
 
 
 COMPUTED = ("feature_layer", "feature_select", "shuffle")  # what the model makes of an image that it is given
-SHOWN = (
-    "image_token",
-    "tiling",
-    "min_tiles",
-    "max_tiles",
-    "thumbnail",
-    "tile_tags",
-    "image_tags",
-)  # and how it is given one
+# and how it is given one
+SHOWN = ("image_token", "tiling", "min_tiles", "max_tiles", "thumbnail", "tile_tags", "image_tags")
 SIGHT = (*COMPUTED, *SHOWN)
 TOWERS = ("vision", "projector")  # parts of a larger model, whose atoms begin with their names; also kinds of models
 KINDS = ("text", *TOWERS)

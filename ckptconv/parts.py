@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping as Dict
 from dataclasses import replace
+from typing import Any
 
 from ckptconv.checkpoint import Checkpoint, Extras, Key
-from ckptconv.config import TOWERS, ModelConfig
+from ckptconv.config import SIGHT, TOWERS, ModelConfig
 from ckptconv.errors import ConfigError, UsageError
 from ckptconv.mapping_files import families_of_parts, load_mapping
 
@@ -47,15 +48,16 @@ def extract(checkpoint: Checkpoint, part: str) -> Checkpoint:
 def _language(config: ModelConfig) -> ModelConfig:
     """The language model of a larger model, which has its own family and its own section of config.json."""
     family = families_of_parts(config.family).get("")
+    unseen: dict[str, Any] = dict.fromkeys(SIGHT)
     if family is None:
-        return replace(config, towers={})
+        return replace(config, towers={}, **unseen)
     part = next(part for part in load_mapping(config.family).parts if not part.scope)
     section = config.raw if part.config == "." else config.raw.get(part.config)
     const = load_mapping(family).config.get("const", {})
     assert isinstance(const, dict)
     named = {key: const[key] for key in ("architectures", "model_type")}
     raw = {**section, **named} if isinstance(section, dict) else {}
-    return replace(config, family=family, towers={}, raw=raw)
+    return replace(config, family=family, towers={}, raw=raw, **unseen)
 
 
 def _own_extras(checkpoint: Checkpoint, own: ModelConfig, part: str) -> Extras:
@@ -101,6 +103,8 @@ def swap(model: Checkpoint, part: str, other: Checkpoint) -> Checkpoint:
         raise ConfigError(f"a part can only be swapped in a model with a vision tower: this one has {', '.join(held)}")
     parts = {name: extract(model, name) for name in held if name != part} | {part: extract(other, part)}
     joined = combine(parts[LANGUAGE], parts["vision"], parts.get("projector"))
+    seen: dict[str, Any] = {name: getattr(model.config, name) for name in SIGHT}
+    joined = replace(joined, config=replace(joined.config, **seen))
     old = _language(model.config) if part == LANGUAGE else model.config.towers.get(part)
     return _as_before(joined, model) if old and old.family == parts[part].config.family else joined
 

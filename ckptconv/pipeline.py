@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping as Dict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ckptconv.plan import Check, Plan
 from ckptconv.registry import get_format, make_options, sniff
 
 VERSION = "0.1.0"
+TOKENIZER = "tokenizer"  # an option of formats that hold or need one
 Options = Dict[str, object]
 
 
@@ -48,6 +49,7 @@ class Job:
     replicas: str = "check"
     iteration: int | str | None = None
     check: bool = False
+    tokenizer: Path | None = None
 
     def request(self) -> Request:
         return Request(
@@ -58,6 +60,7 @@ class Job:
             check=self.check,
             mappings=tuple(load_mapping_file(path) for path in self.mapping),
             drop=self.drop,
+            tokenizer=self.tokenizer,
         )
 
 
@@ -77,7 +80,8 @@ class Prepared:
 
 def load_stored(source: Path, loader: str | None, options: Options, request: Request) -> tuple[Format, Stored]:
     fmt = get_format(loader) if loader and loader != "auto" else sniff(source)
-    stored = fmt.load(source, make_options(fmt.Load, options, "loader", fmt.name), request)
+    given = _with_tokenizer(options, fmt.Load, request)
+    stored = fmt.load(source, make_options(fmt.Load, given, "loader", fmt.name), request)
     if request.check and (notes := check_manifest(source, stored)):
         stored = replace(stored, extras=replace(stored.extras, notes=(*stored.extras.notes, *notes)))
     return fmt, stored
@@ -114,7 +118,8 @@ def prepare_from(job: Job, loader: Format, checkpoint: Checkpoint, root: str) ->
     saver = loader if job.saver is None else get_format(job.saver)
     checkpoint = _without_state(checkpoint, job.optimizer, saver.name)
     _refuse_other_iteration(checkpoint, job.iteration)
-    options = make_options(saver.Save, job.saver_options, "saver", saver.name)
+    _refuse_idle_tokenizer(job.tokenizer, loader, saver)
+    options = make_options(saver.Save, _with_tokenizer(job.saver_options, saver.Save, request), "saver", saver.name)
     checkpoint = passes.cast(checkpoint, job.dtype, _mapping_of(checkpoint, request))
     checkpoint = replace(checkpoint, config=replace(checkpoint.config, dtype=passes.mean_dtype(checkpoint)))
     topology = job.layout.topology(checkpoint.config.layers, checkpoint.origin.topology, keep=job.saver is None)
@@ -171,6 +176,23 @@ def check_places(src: Path, dst: Path) -> None:
     a, b = src.resolve(), dst.resolve()
     if a == b or a in b.parents or b in a.parents:
         raise UsageError(f"source {src} and destination {dst} are the same or one lies inside the other")
+
+
+def _with_tokenizer(options: Options, kind: type, request: Request) -> Options:
+    """A tokenizer given for the model goes to every side that takes one."""
+    taken = request.tokenizer is not None and _takes_tokenizer(kind)
+    return {TOKENIZER: request.tokenizer, **options} if taken else options
+
+
+def _takes_tokenizer(kind: type) -> bool:
+    return any(option.name == TOKENIZER for option in fields(kind))
+
+
+def _refuse_idle_tokenizer(tokenizer: Path | None, loader: Format, saver: Format) -> None:
+    if tokenizer is not None and not (_takes_tokenizer(loader.Load) or _takes_tokenizer(saver.Save)):
+        raise UsageError(
+            f"--tokenizer {tokenizer}: neither {loader.name} as a source nor {saver.name} as a result takes one"
+        )
 
 
 def _mapping_of(checkpoint: Checkpoint, request: Request) -> Mapping:

@@ -139,6 +139,11 @@ change_options = _stack(
         metavar="check|first",
         help="Copies on several ranks: compare, or trust the first.",
     ),
+    click.option(
+        "--tokenizer",
+        type=click.Path(path_type=Path),
+        help="The model's tokenizer, for formats that hold one: --loader.tokenizer and --saver.tokenizer.",
+    ),
     click.option("--mcore-version", metavar="V", help="Megatron-Core that loads the result (--saver.mcore-version)."),
 )
 run_options = _stack(
@@ -197,7 +202,7 @@ def make_job(ctx: click.Context, src: Path, saver: str | None, params: dict[str,
         drop=tuple(params.get("drop") or ()),
         **{
             k: params[k]
-            for k in ("dtype", "vocab_size", "vocab_divisor", "family", "optimizer", "replicas", "check")
+            for k in ("dtype", "vocab_size", "vocab_divisor", "family", "optimizer", "replicas", "check", "tokenizer")
             if k in params
         },
     )

@@ -26,6 +26,7 @@ class Request:
     training: bool = False  # state is wanted, not only told
     mappings: tuple[Mapping, ...] = ()
     drop: tuple[str, ...] = ()
+    tokenizer: Path | None = None
 
 
 class Format(Protocol):

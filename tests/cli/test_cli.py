@@ -22,7 +22,7 @@ from tests.cli.helpers.console import Console
 
 LAYOUT = "--tp --pp --vpp --ep --etp --pp-layers"
 SOURCE = "--loader --family --vocab-size --mapping --drop --iteration --check"
-CHANGE = "--dtype --make-vocab-size-divisible-by --optimizer --replicas --mcore-version"
+CHANGE = "--dtype --make-vocab-size-divisible-by --optimizer --replicas --tokenizer --mcore-version"
 RUN = "--memory --workers --force --allow-overflow"
 OUTPUT = "--json --quiet"
 COMMANDS = {

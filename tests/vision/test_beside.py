@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from ckptconv.combine import prepare_combine, prepare_extract, prepare_swap
@@ -139,3 +140,23 @@ def test_a_new_projector_is_finite(parts: Path) -> None:
 def test_manifest_tells_what_was_joined(parts: Path) -> None:
     made = prepare_combine(to("mcore", parts / "lm"), Job(parts / "clip"), kind="llava", init_projector=NORMAL)
     assert f"joined as llava: hf-llama (hf), hf-clip (hf), projector (new, {NORMAL})" in notes(made)
+
+
+def test_args_of_a_model_joined_at_once_are_those_of_one_joined_in_a_folder(tmp_path: Path) -> None:
+    """NVLM's tiles, tags and pixel shuffle, with a projector and (as the official flow has it) without one."""
+    for part in ("lm", "vision"):
+        write(prepare_extract(to("hf", NVLM), part), tmp_path / part)
+    lm, tower = tmp_path / "lm", Job(tmp_path / "vision")
+    folder = write(prepare_combine(to("hf", lm), tower, Job(NVLM), kind="nvlm"), tmp_path / "hf")
+    convert(folder, tmp_path / "through", saver="mcore", tp=2)
+    wanted = args_of(tmp_path / "through")
+    assert (wanted.use_tiling, wanted.use_tile_tags, wanted.image_tag_type) == (True, True, "nvlm")
+    for name, projector in (("whole", Job(NVLM)), ("bare", None)):
+        made = write(prepare_combine(to("mcore", lm, tp=2), tower, projector, kind="nvlm"), tmp_path / name)
+        said = args_of(made)
+        assert {n for n, v in vars(wanted).items() if getattr(said, n) != v} == set()
+
+
+def args_of(folder: Path) -> Any:
+    (rank, *_) = sorted(folder.glob("iter_*/mp_rank_00*/model_optim_rng.pt"))
+    return torch.load(rank, weights_only=False)["args"]

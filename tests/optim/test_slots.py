@@ -265,6 +265,49 @@ def test_one_moment_without_the_other_is_half_a_state(uncounted: Path, tmp_path:
         edited(uncounted, one, tmp_path / "out")
 
 
+def groups_of(folder: Path) -> list[list[dict[str, Any]]]:
+    """The settings of each file's param groups, as torch reads them: without the numbers and counts, which are of the form."""
+    found = []
+    for path in sorted([*folder.rglob(RANK_FILE), *folder.rglob("common.pt")]):
+        optimizer = torch.load(path, weights_only=False)["optimizer"]
+        groups = optimizer.get("optimizer", optimizer)["param_groups"]
+        settings = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in groups]
+        found.append(sorted(settings, key=lambda group: -group["wd_mult"]))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("saver", "distributed"), [("mcore", False), ("mcore", True), ("mcore-dist", False), ("mcore-dist", True)]
+)
+def test_settings_of_param_groups_are_those_of_the_source(
+    saver: str, distributed: bool, golden: Path, tmp_path: Path
+) -> None:
+    """At another layout, from the forms that a run may have; with values that nobody has by default."""
+    own = {
+        "lr": 0.123,
+        "betas": (0.7, 0.8),
+        "eps": 3e-7,
+        "max_lr": 0.5,
+        "min_lr": 0.25,
+        "a setting of one's own": "kept",
+    }
+    shutil.copytree(golden, source := tmp_path / "source")
+    for path in source.rglob(RANK_FILE):
+        path.chmod(0o600)
+        saved = torch.load(path, weights_only=False)
+        for group in saved["optimizer"]["optimizer"]["param_groups"]:
+            group.update(own, weight_decay=0.07 * group["wd_mult"])
+        torch.save(saved, path)
+    (expected, _) = groups_of(source)
+    assert [group["weight_decay"] for group in expected] == [0.07, 0.0]
+    options = {"distributed_optimizer": distributed, "transformer_impl": "local"}
+    layout = {"tp": 1, "pp": 2} if saver == "mcore" else {}
+    out = converted(source, tmp_path / "out", saver=saver, saver_options=options, **layout)
+    assert groups_of(out) == [expected] * (2 if saver == "mcore" else 1)
+    back = converted(out, tmp_path / "back", saver="mcore", tp=2, pp=1, saver_options=options)
+    assert groups_of(back) == [expected] * 2
+
+
 def test_rows_of_padding_have_no_moments(golden: Path, tmp_path: Path) -> None:
     """As if they had never been trained; their weights are copies of the last row, masters too."""
     out = converted(golden, tmp_path / "out", tp=1, vocab_size=160, vocab_divisor=320)

@@ -30,13 +30,13 @@ def read_sight(raw: Table, where: str, mapping: Mapping) -> dict[str, Any]:
 def write_sight(out: Table, config: ModelConfig, mapping: Mapping, *, fresh: bool) -> None:
     """What is known of how the model sees images; of the rest a config.json made from nothing says what is usual."""
     vision, projector = config.towers.get("vision"), config.towers.get("projector")
-    if fresh and vision is not None and projector is not None and projector.inputs:
-        tokens = (vision.image // vision.patch) ** 2 * vision.hidden // projector.inputs
-        for name, value in ((IMAGE_SIZE, vision.image), (IMAGE_LENGTH, tokens)):
-            if name in mapping.config:
-                put(out, str(mapping.config[name]), value)
     if fresh and config.feature_select is None and vision is not None and not vision.class_tokens:
         config = replace(config, feature_select="full")  # "patch" would cost the first patch
+    if fresh and vision is not None and projector is not None and projector.inputs:
+        seen = (vision.image // vision.patch) ** 2 + (vision.class_tokens if config.feature_select == "full" else 0)
+        for name, value in ((IMAGE_SIZE, vision.image), (IMAGE_LENGTH, seen * vision.hidden // projector.inputs)):
+            if name in mapping.config:
+                put(out, str(mapping.config[name]), value)
     known = {name: getattr(config, name) for name in (*COMPUTED, *SHOWN)}
     for entry in entries(mapping):
         if known[entry.field] is not None and not says(out, entry, known):

@@ -261,7 +261,9 @@ def test_llava_of_its_authors_and_of_transformers_see_the_same(tmp_path: Path) -
     source = changed(authors({"Llava": whole}, tmp_path / "src", tower=True), tmp_path / "saying", **said)
     options = {"family": "llava(llama,clip)", "image-token": 130}
     convert(source, tmp_path / "hf", saver="hf", saver_options=options)
-    assert {key: config_json(tmp_path / "hf")[key] for key in seen} == seen
+    made = config_json(tmp_path / "hf")
+    assert {key: made[key] for key in seen} == seen
+    assert made["image_seq_length"] == 17  # 4 x 4 patches and the class token
     convert(
         tmp_path / "hf",
         tmp_path / "back",

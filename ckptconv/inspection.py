@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -11,10 +11,12 @@ from ckptconv.checkpoint import Checkpoint, Stored
 from ckptconv.config import ModelConfig
 from ckptconv.errors import CkptconvError, UsageError
 from ckptconv.formats import Storing
+from ckptconv.passes import mean_dtype
 from ckptconv.pipeline import Job, load_stored
 from ckptconv.registry import get_format, sniff
 
 VOCABULARY = ("embed.weight", "head.weight")  # what padding rows are found in
+EXPERTS = "experts_"  # how the forms of experts are called, which say nothing of a model that has none
 
 Facts = dict[str, object]
 
@@ -33,6 +35,8 @@ def inspect(job: Job, pattern: str | None = None) -> tuple[Facts, CkptconvError 
         checkpoint = canonicalize(stored, job.drop)
     except CkptconvError as error:
         return facts, error
+    if stored.config.dtype is None:  # nothing says it: what most weights have
+        facts["architecture"] = _architecture(replace(stored.config, dtype=mean_dtype(checkpoint)))
     facts["parameters"] = _parameters(checkpoint)
     facts["replicas_to_check"] = len(checkpoint.replicas)
     facts["ignored"] = list(checkpoint.dropped)
@@ -83,7 +87,7 @@ def describe(stored: Stored, pattern: str | None = None) -> Facts:
     return {
         "format": stored.format,
         "mapping": stored.mapping.name,
-        "form": sorted(stored.variant),
+        "form": sorted(tag for tag in stored.variant if stored.config.experts or not tag.startswith(EXPERTS)),
         "family": stored.config.family,
         "step": stored.extras.step,
         "layout": {name: topology.degree(name) for name in ("tp", "pp", "vpp", "ep", "etp")},

@@ -41,7 +41,11 @@ def test_megatron_says_what_each_rank_holds(console: Console, models: Path) -> N
     assert told["problem"] is None
     assert told["layout"] == {"tp": 2, "pp": 2, "vpp": 1, "ep": 1, "etp": 2}
     assert told["parameters"] == 41056, "rows that pad the vocabulary are no parameters"
-    assert (told["step"], told["form"], told["family"]) == (1, ["experts_te"], "hf-llama")
+    assert (told["step"], told["form"], told["family"]) == (1, [], "hf-llama"), (
+        "a model without experts has them in no form"
+    )
+    assert facts(console, models / "moe")["form"] == ["experts_te"]
+    assert told["architecture"]["dtype"] == "bf16", "nothing but the weights tells it"
     assert [(r["place"], r["layers"]) for r in told["ranks"]] == [
         ("mp_rank_00_000", [0, 1]), ("mp_rank_01_000", [0, 1]), ("mp_rank_00_001", [2, 3]), ("mp_rank_01_001", [2, 3]),
     ]  # fmt: skip

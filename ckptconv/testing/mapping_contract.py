@@ -15,7 +15,7 @@ import pytest
 from ckptconv.bind import bind
 from ckptconv.canonicalize import canonicalize
 from ckptconv.checkpoint import Checkpoint, Key, Origin, Stored, Target
-from ckptconv.config import ModelConfig, part_of, projector_config, units
+from ckptconv.config import SIGHT, ModelConfig, part_of, projector_config, units
 from ckptconv.dialect import detect, variants
 from ckptconv.dtypes import BF16
 from ckptconv.errors import ConfigError, CoverageError, MappingError, TopologyError
@@ -58,9 +58,12 @@ def _joined(language: ModelConfig, vision: ModelConfig, projector: ModelConfig) 
     return replace(language, dtype=BF16, towers={"vision": vision, "projector": projector})
 
 
-LLAVA = _joined(DENSE, CLIP_64, projector_config(512, 40, 32, mlp_bias=True))
+LLAVA = _joined(
+    replace(DENSE, feature_layer=-1, feature_select="full"), CLIP_64, projector_config(512, 40, 32, mlp_bias=True)
+)
 INTERNVL = _joined(
-    replace(DENSE, family="hf-qwen2", qkv_bias=True), INTERNVIT, projector_config(192, 40, 32, pre_norm=True, mlp_bias=True)
+    replace(DENSE, family="hf-qwen2", qkv_bias=True, feature_layer=-3), INTERNVIT,
+    projector_config(192, 40, 32, pre_norm=True, mlp_bias=True)
 )  # fmt: skip
 SHAPES: dict[str, ModelConfig] = {
     "dense": DENSE,
@@ -306,8 +309,9 @@ def _says(mapping: Mapping, config: ModelConfig) -> bool:
 
 
 def _as_said(config: ModelConfig, back: ModelConfig) -> ModelConfig:
-    """The sizes of dense layers are not told by a family that has none."""
-    return replace(config, ffn=back.ffn if len(config.moe_layers) == config.layers else config.ffn)
+    """The sizes of dense layers are not told by a family that has none; how images are seen, where nothing says it, is as usual."""
+    usual = {name: getattr(back, name) for name in SIGHT if getattr(config, name) is None}
+    return replace(config, ffn=back.ffn if len(config.moe_layers) == config.layers else config.ffn, **usual)
 
 
 def _bare(config: ModelConfig) -> ModelConfig:

@@ -17,10 +17,16 @@ from ckptconv.trainer.run import History, train
 
 
 def main() -> None:
-    options = _options()
-    config = read(options.config) if options.config else Config()
-    degrees = {d: n for d in ("tp", "pp", "vpp", "ep") if (n := getattr(options, d))}
-    config = replace(config, layout=replace(config.layout, **degrees))
+    parser, options = _options()
+    try:
+        config = read(options.config) if options.config else Config()
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    degrees = {d: n for d in ("tp", "pp", "vpp", "ep") if (n := getattr(options, d)) is not None}
+    at = replace(config.layout, **degrees)
+    if min(at.tp, at.pp, at.vpp, at.ep, 1 if options.dp is None else options.dp) < 1:
+        parser.error(f"{at}: every degree is at least 1")
+    config = replace(config, layout=at)
     config = config if options.steps is None else config.but(steps=options.steps)
 
     def job() -> History:
@@ -33,22 +39,20 @@ def main() -> None:
         dist.init_process_group("gloo")
         joined(job)
     else:
-        at = config.layout
         launch(at.tp * at.pp * (options.dp or at.ep), job)
 
 
-def _options() -> argparse.Namespace:
+def _options() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser("python -m ckptconv.trainer", description=__doc__)
     parser.add_argument("--config", type=Path, metavar="FILE", help="a TOML file; without it, a small decoder on text")
     parser.add_argument("--steps", type=int, help="train up to this step")
-    for degree in ("tp", "pp", "vpp", "ep"):
-        parser.add_argument(f"--{degree}", type=int, help="in place of the file's")
-    parser.add_argument("--dp", type=int, help="data-parallel copies, where torchrun does not say it")
+    for degree in ("tp", "pp", "vpp", "ep", "dp"):
+        parser.add_argument(f"--{degree}", type=int, help="in place of the file's; dp where torchrun does not say it")
     parser.add_argument("--load", type=Path, metavar="FOLDER", help="go on from this checkpoint")
     parser.add_argument("--fresh", action="store_true", help="take its parameters only, and begin at step 0")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="save here after the last step")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the losses")
-    return parser.parse_args()
+    return parser, parser.parse_args()
 
 
 if __name__ == "__main__":

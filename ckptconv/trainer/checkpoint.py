@@ -10,7 +10,7 @@ import random
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -208,9 +208,8 @@ def _take_buffers(m: Member, held: dict[object, Any], state: dict[str, Any]) -> 
 def _take_lists(m: Member, state: dict[str, Any], masters: list[list[Tensor]]) -> None:
     flats, held = m.blank(SLOTS if masters else SLOTS[1:]), state["state"]
     slots = m.views(flats)
-    for n, w in enumerate(m.params):
-        for slot in SLOTS[1:]:
-            slots[w][slot].copy_(held[n][slot])
+    for (n, w), slot in product(enumerate(m.params), SLOTS[1:]):
+        slots[w][slot].copy_(held[n][slot])
     for w, master in zip(m.params, chain(*masters), strict=bool(masters)):
         slots[w]["param"].copy_(master)
     m.restore(flats, [float(entry["step"]) for entry in held.values()])

@@ -89,11 +89,8 @@ def _steps(state: dict[Any, Any]) -> list[float]:
     if 0 in state:
         return [step for member in state.values() for step in _steps(member)]
     inner = state.get("optimizer", state)
-    return (
-        [float(inner["state"]["common_step"])]
-        if "state" in inner
-        else [float(g["step"]) for g in inner["param_groups"]]
-    )
+    told = [inner["state"]["common_step"]] if "state" in inner else [g["step"] for g in inner["param_groups"]]
+    return [float(step) for step in told]
 
 
 def _kept_slots(run: Run) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from ckptconv.trainer import data
+from ckptconv.trainer.__main__ import main
 from ckptconv.trainer.launch import launch
 from tests.trainer.runs import EXACT, SAVED, TIED, TUNING, Curve, curve, distance
 
@@ -97,3 +99,29 @@ def test_a_rank_that_fails_is_an_error_with_its_traceback() -> None:
 
     with pytest.raises(Exception, match="this very rank"):
         launch(2, job)
+
+
+@pytest.mark.parametrize(
+    ("options", "file", "said"),
+    [
+        (["--tp", "0"], "", "every degree is at least 1"),
+        (["--dp", "-1"], "", "every degree is at least 1"),
+        ([], "[layout]\npp = 0", "every degree is at least 1"),
+        ([], "[modle]", r"unknown table \[modle\]"),
+        (["--config", "none.toml"], "", "No such file.*none.toml"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line(
+    options: list[str],
+    file: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "run.toml").write_text(file)
+    monkeypatch.setattr("sys.argv", ["trainer", "--config", str(tmp_path / "run.toml"), *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert re.search(said, capsys.readouterr().err.splitlines()[-1])

@@ -9,6 +9,7 @@ from dataclasses import replace
 from ckptconv import passes
 from ckptconv.checkpoint import Checkpoint
 from ckptconv.coding import literal
+from ckptconv.config import ModelConfig
 from ckptconv.dtypes import FP32
 from ckptconv.errors import ConfigError, UsageError
 from ckptconv.formats import Format
@@ -145,11 +146,11 @@ def _families(job: Job) -> set[str]:
 
 
 def _described(model: Checkpoint, mapping: Mapping, job: Job) -> Checkpoint:
-    """What it is at Hugging Face and its config.json, which formats of others keep beside their files; rows of padding do not count."""
+    """What it is at Hugging Face and its config.json, which formats of others keep beside their files."""
     if job.saver == "hf":  # which writes it itself
         return model
     config = model.config
-    true = config if config.vocab is None else replace(config, vocab_rows=config.vocab)
+    true = _without_padding(config)
     base = config.raw if is_family(config.raw, mapping) else None
     complete = not mapping.parts or "projector" in config.towers
     try:
@@ -160,6 +161,15 @@ def _described(model: Checkpoint, mapping: Mapping, job: Job) -> Checkpoint:
     seen = read_sight(table, CONFIG, mapping) if mapping.parts else {}
     described = replace(config, family=mapping.name, raw=table, **seen)
     return replace(model, config=described, extras=replace(model.extras, files=files))
+
+
+def _without_padding(config: ModelConfig) -> ModelConfig:
+    """With the words and, in its tower, the attention heads that config.json counts."""
+    towers = dict(config.towers)
+    if (tower := towers.get("vision")) is not None:
+        heads = tower.true_heads or tower.heads
+        towers["vision"] = replace(tower, heads=heads, kv_heads=heads, true_heads=None)
+    return replace(config, vocab_rows=config.vocab or config.vocab_rows, towers=towers)
 
 
 def _joined(

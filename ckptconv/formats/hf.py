@@ -181,13 +181,14 @@ class Hf:
         return Target(mapping, variant, even(config.layers), rows, heads=heads, config=config, donor=donor)
 
     def _heads(self, checkpoint: Checkpoint, mapping: Mapping) -> int | None:
-        """As many as the class asks for; a tower alone keeps the dummy ones that its file has."""
+        """As many as the class asks for; a tower that was alone keeps the dummy ones that its file has."""
         tower = vision_tower(checkpoint.config)
         if tower is None:
             return None
         if mapping.parts:
             return (tower.true_heads or tower.heads) + dummy_heads(mapping)
-        return tower.true_heads if checkpoint.origin.format != self.name else None
+        origin = checkpoint.origin
+        return None if (origin.format, origin.mapping) == (self.name, mapping.name) else tower.true_heads
 
     def _completed(
         self, checkpoint: Checkpoint, mapping: Mapping, options: HfSave, request: Request

@@ -22,7 +22,7 @@ from ckptconv.mapping import Mapping
 
 CODECS: dict[str, Codec] = {**TEXT_CODECS, **TOWER_CODECS}
 SECTION, USAGE = "section", "usage"
-SECTIONS, FAMILIES, PROJECTOR, SIZES = OF_PARTS = ("sections", "families", "projector", "sizes")
+SECTIONS, FAMILIES, PROJECTOR, BUILT, SIZES = OF_PARTS = ("sections", "families", "projector", "projector_is", "sizes")
 DUMMIES, IMAGE_SIZE, IMAGE_LENGTH = OF_WHOLE = ("vision_dummy_heads", "image_size", "image_length")
 NO_FIELDS = ("default", "const", TOLD, SECTION, USAGE, *OF_PARTS, *OF_WHOLE)
 KINDS = {f.name: str(f.type) for f in fields(ModelConfig)}

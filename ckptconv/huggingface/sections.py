@@ -3,6 +3,7 @@
 [config.sections]    section -> what it says where the file leaves it out whole; its model_type also where only that is left out
 [config.families]    class of the whole model -> family of the part whose keys stand among the whole model's (section ".")
 [config.projector]   field of the projector = key; its sizes are told by the tensors
+[config.projector_is]  field of the projector = what the class builds; a word is the language model's field of that name
 [config.sizes]       of a part's family: key -> what its class takes where a section leaves it out
 vision_dummy_heads   attention heads that the model's code adds to those of its vision section
 
@@ -21,7 +22,7 @@ from typing import Any, Protocol
 from ckptconv.config import TOWERS, ModelConfig, projector_config
 from ckptconv.errors import ConfigError, MappingError
 from ckptconv.huggingface.config_codecs import ABSENT, Section, Table, put
-from ckptconv.huggingface.config_table import FAMILIES, PROJECTOR, SECTIONS, SIZES
+from ckptconv.huggingface.config_table import BUILT, FAMILIES, PROJECTOR, SECTIONS, SIZES
 from ckptconv.huggingface.sight import check_sight, read_sight, write_sight
 from ckptconv.mapping import Mapping, Part
 from ckptconv.mapping_files import families_of_parts, load_mapping, with_parts
@@ -242,9 +243,22 @@ def parts_that_fit(config: ModelConfig, mapping: Mapping, check: Callable[[Model
             f"{mapping.name} is a language model with {' and '.join(sorted(wanted))}, this model has {theirs}"
         )
     check_sight(config, mapping)
+    _check_projector(config, mapping)
     for part in mapping.parts:
         if not part.scope or part.scope in found:
             check(config.towers[part.scope] if part.scope else replace(config, towers={}), _chosen(part, mapping))
+
+
+def _check_projector(config: ModelConfig, mapping: Mapping) -> None:
+    """Refuse a projector that is not as the family's class builds it: the class could not load it."""
+    projector = config.towers[_PROJECTOR]
+    for field, wanted in _table(mapping, BUILT).items():
+        built = getattr(config, wanted) if isinstance(wanted, str) else wanted
+        if (found := getattr(projector, field)) != built:
+            why = f" (the language model's {wanted})" if isinstance(wanted, str) else ""
+            raise ConfigError(
+                f"{mapping.name}: the projector's {field} is {found}, its class builds one with {built}{why}"
+            )
 
 
 def own_code(mapping: Mapping) -> bool:

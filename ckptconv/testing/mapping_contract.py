@@ -59,11 +59,11 @@ def _joined(language: ModelConfig, vision: ModelConfig, projector: ModelConfig) 
 
 
 LLAVA = _joined(
-    replace(DENSE, feature_layer=-1, feature_select="full"), CLIP_64, projector_config(512, 40, 32, mlp_bias=True)
+    replace(DENSE, feature_layer=-1, feature_select="full"), CLIP_64, projector_config(512, 32, 32, mlp_bias=True)
 )
 INTERNVL = _joined(
     replace(DENSE, family="hf-qwen2", qkv_bias=True, feature_layer=-3), INTERNVIT,
-    projector_config(192, 40, 32, pre_norm=True, mlp_bias=True)
+    projector_config(192, 32, 32, pre_norm=True, mlp_bias=True)
 )  # fmt: skip
 SHAPES: dict[str, ModelConfig] = {
     "dense": DENSE,
@@ -100,7 +100,7 @@ SHAPES: dict[str, ModelConfig] = {
     "llava-moe": replace(LLAVA, experts=4, moe_ffn=40, router_topk=2, moe_layers=(0, 1, 2, 3)),
     "internvl": INTERNVL,
     "internvl-internlm2": replace(INTERNVL, family="hf-internlm2", head_dim=4, qkv_bias=False),
-    "nvlm": _joined(INTERNVL, replace(INTERNVIT, heads=15, kv_heads=15, true_heads=8), projector_config(192, 40, 32, pre_norm=True)),
+    "nvlm": _joined(INTERNVL, replace(INTERNVIT, heads=15, kv_heads=15, true_heads=8), projector_config(192, 48, 32, pre_norm=True)),
 }  # fmt: skip
 LAYOUTS: dict[str, Topology] = {
     "whole": even(4),

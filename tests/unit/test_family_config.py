@@ -14,10 +14,10 @@ from ckptconv.config import ModelConfig, Rope
 from ckptconv.dtypes import BF16, BY_TORCH, FP16
 from ckptconv.errors import ConfigError, MappingError, UsageError
 from ckptconv.huggingface.config_codecs import plain
+from ckptconv.huggingface.config_table import entries
 from ckptconv.huggingface.family_config import (
     check_fits,
     config_text,
-    entries,
     family_named,
     family_of,
     read_config,

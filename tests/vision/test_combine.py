@@ -177,7 +177,7 @@ def test_zeros_and_another_seed(parts: Path) -> None:
 @pytest.mark.parametrize("beginning", ["model.mm_projector.", "mm_projector.", ""])
 def test_projector_trained_alone(beginning: str, parts: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
-    shapes = {"0.weight": (80, 64), "0.bias": (80,), "2.weight": (64, 80), "2.bias": (64,)}
+    shapes = {"0.weight": (64, 64), "0.bias": (64,), "2.weight": (64, 64), "2.bias": (64,)}
     state = {beginning + name: torch.from_numpy(rng.normal(size=shape)).half() for name, shape in shapes.items()}
     torch.save(state, tmp_path / "mm_projector.bin")
     job = to_hf(parts / "lm", **{"image-token": 130})

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from ckptconv.combine import prepare_extract
 from ckptconv.errors import ConfigError, CoverageError
-from ckptconv.pipeline import convert, load
+from ckptconv.executor.execute import execute
+from ckptconv.pipeline import Job, convert, load
 from ckptconv.testing.models import WHOLE, make_whole, whole_logits
 from tests.vision.arrays import config_json, same
 
@@ -132,14 +134,22 @@ def test_language_model_of_nvlm_is_what_its_class_says() -> None:
     assert (projector.inputs, projector.ffn, projector.mlp_bias, projector.pre_norm) == (4 * 100, 96, False, True)
 
 
+@pytest.mark.parametrize("family", ["internvl-chat", "internvl"])
+def test_nvlms_projector_is_not_internvls(family: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"the projector's ffn is 96, its class builds one with 64 \(the language model's hidden\)"
+    ):
+        convert(NVLM, tmp_path / "out", saver="hf", saver_options={"family": family, "image-token": 1})
+
+
 def test_nvlm_gets_its_dummy_heads_and_internvit_none(tmp_path: Path) -> None:
     convert(NVLM, tmp_path / "mcore", saver="mcore", tp=4)
     assert load(tmp_path / "mcore").config.towers["vision"].heads == 28
     convert(tmp_path / "mcore", tmp_path / "nvlm", saver="hf")
     same(load_file(NVLM / WEIGHTS), load_file(tmp_path / "nvlm" / WEIGHTS))
-    convert(NVLM, tmp_path / "chat", saver="hf", saver_options={"family": "internvl-chat"})
-    qkv = "vision_model.encoder.layers.0.attn.qkv.weight"
-    before, after = load_file(NVLM / WEIGHTS)[qkv], load_file(tmp_path / "chat" / WEIGHTS)[qkv]
+    execute(prepare_extract(Job(NVLM, saver="hf"), "vision").plan, tmp_path / "tower")
+    qkv = "encoder.layers.0.attn.qkv.weight"
+    before, after = load_file(NVLM / WEIGHTS)[f"vision_model.{qkv}"], load_file(tmp_path / "tower" / WEIGHTS)[qkv]
     assert np.array_equal(before.reshape(3, 32 * 4, 100)[:, :100].reshape(300, 100), after)
 
 

@@ -78,7 +78,13 @@ def test_what_the_class_takes_is_not_what_is_usual(sources: Path, tmp_path: Path
 
 
 def test_tiles_of_nvlm_are_internvls_and_its_own_words_are_told(tmp_path: Path) -> None:
-    prepared = to_hf(NVLM, family="internvl-chat")
+    for part in ("lm", "vision"):
+        execute(prepare_extract(Job(NVLM, saver="hf"), part).plan, tmp_path / part)
+    chat = Job(tmp_path / "lm", saver="mcore")
+    other = prepare_combine(chat, Job(tmp_path / "vision"), kind="internvl", init_projector="normal:0.02:1")
+    execute(other.plan, tmp_path / "other")  # with a projector that InternVL's class builds
+    job = Job(NVLM, saver="hf", saver_options={"family": "internvl-chat"})
+    prepared = prepare_swap(job, Job(tmp_path / "other"), "projector")
     table = written(prepared, tmp_path / "chat")
     assert (table["max_dynamic_patch"], table["force_image_size"], table["use_thumbnail"]) == (6, 16, True)
     for line in ("template: 'chatml' -> 'internvl2_5'", "tile_tags is True", "image_tags is 'nvlm'"):

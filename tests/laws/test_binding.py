@@ -72,8 +72,13 @@ def refused(mapping: str, shape: str, topology: str) -> bool:
     if mapping in ("megatron-legacy", "nemo-legacy"):
         return shape in ("moe", "mixed", "qk_norm") or topology == "tp8"
     if mapping.startswith("hf-"):
-        moe, norms = mapping == "hf-mixtral", mapping == "hf-qwen3"
-        return shape == "layernorm" or (shape in ("moe", "mixed") and not moe) or (shape == "qk_norm" and not norms)
+        moe, norms, biases = mapping == "hf-mixtral", mapping == "hf-qwen3", mapping != "hf-internlm2"
+        return (
+            shape == "layernorm"
+            or (shape == "biases" and not biases)
+            or (shape in ("moe", "mixed") and not moe)
+            or (shape == "qk_norm" and not norms)
+        )
     return False
 
 

@@ -14,7 +14,7 @@ from ckptconv.mapping_files import chosen
 from ckptconv.megatron import hf_beside
 from ckptconv.megatron.args_write import dynamic_rope
 from ckptconv.megatron.dist_loading import ZARR, backend
-from ckptconv.megatron.saving import vocab_rows
+from ckptconv.megatron.saving import vocab_notes, vocab_rows
 from ckptconv.megatron.versions import LOCAL, PORTABLE_TE, TE, show
 from ckptconv.nemo import context, context_write, distributed, folder_write, saving, tokenizer_files
 from ckptconv.nemo.run_state import refuse_unfinished
@@ -108,7 +108,8 @@ class Nemo2:
         tokenizer = _tokenizer(options.tokenizer, stored.extras)
         divisor = _divisor(stored.config, stored.extras, request)
         te = None if options.transformer_impl == LOCAL else options.te_version
-        return folder_write.save(stored, divisor, tokenizer, te)
+        plan = folder_write.save(stored, divisor, tokenizer, te)
+        return replace(plan, about={**plan.about, "format_notes": list(vocab_notes(stored, request))})
 
     def usage(self, stored: Stored, dst: str, options: Nemo2Save) -> str:
         lines = [

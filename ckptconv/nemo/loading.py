@@ -236,7 +236,7 @@ def _of_ranks(contents: list[RankContent], told: Told) -> Stored:
         return neva.alone(found, tp, pp, told.given, Extras(files=told.beside.files), told.format, told.where)
     stored = from_ranks(text, told.said, told.beside, told.request, _kind(text, told), told.path)
     found = {rank: parts[place] for rank, place in stored.places.items() if parts[place]}
-    return neva.joined(stored, found, told.given, told.where) if found or told.given.tensors else stored
+    return neva.joined(stored, found, told.given, told.nemo.raw, told.where) if found or told.given.tensors else stored
 
 
 def _whole(files: Dict[str, Source], told: Told) -> Stored:
@@ -267,7 +267,9 @@ def _of_contents(held: Contents, told: Told) -> Stored:
         return neva.alone(tensors, 1, 1, told.given, Extras(files=told.beside.files), told.format, told.where)
     said = replace(told.said, layout=ArgsLayout())
     stored = from_whole(replace(held, shapes=text), said, told.beside, told.request, told.where, told.format)
-    return neva.joined(stored, tensors, told.given, told.where) if parts or told.given.tensors else stored
+    return (
+        neva.joined(stored, tensors, told.given, told.nemo.raw, told.where) if parts or told.given.tensors else stored
+    )
 
 
 def _is_of_backend(name: str, *, zarr: bool) -> bool:

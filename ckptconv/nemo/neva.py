@@ -57,11 +57,23 @@ def split(named: Dict[str, T]) -> tuple[dict[str, T], dict[str, T]]:
     return {name: value for name, value in named.items() if not nested(name)}, parts
 
 
-def joined(stored: Stored, found: Dict[Rank, dict[str, Tensor]], given: Given, where: str) -> Stored:
+def joined(
+    stored: Stored, found: Dict[Rank, dict[str, Tensor]], given: Given, settings: Dict[str, object], where: str
+) -> Stored:
     """The language model with the other parts that the ranks of its first stage hold."""
     found = _with_encoder(stored, found, given, where)
     towers = _configs(found[Rank()], given, where)
-    return _as(f"{WHOLE}({_dialect(stored)},{_encoder(towers)})", replace(stored.config, towers=towers), stored, found)
+    config = replace(stored.config, towers=towers, **_sight(settings))
+    return _as(f"{WHOLE}({_dialect(stored)},{_encoder(towers)})", config, stored, found)
+
+
+def _sight(settings: Dict[str, object]) -> dict[str, Any]:
+    """How its configuration says that the projector is given an image."""
+    match settings:
+        case {"mm_cfg": {"vision_encoder": {"vision_select_layer": int(layer), **others}}}:
+            select = FEATURES.get(str(others.get("vision_select_feature", "patch")))
+            return {"feature_layer": layer, "feature_select": select}
+    return {}
 
 
 def alone(
@@ -87,6 +99,7 @@ def alone(
 
 
 _NOTHING = projector_config(0, 0, 0)
+FEATURES = {"patch": "patch", "cls_patch": "full"}  # NeVA's word -> ours
 
 
 def _as(name: str, config: ModelConfig, stored: Stored, found: Dict[Rank, dict[str, Tensor]]) -> Stored:

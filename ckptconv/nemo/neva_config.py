@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ckptconv.config import ModelConfig
 from ckptconv.nemo import settings as gpt
-from ckptconv.nemo.neva import ENCODERS
+from ckptconv.nemo.neva import ENCODERS, FEATURES
 
 TARGET = "nemo.collections.multimodal.models.multimodal_llm.neva.neva_model.MegatronNevaModel"
 PARTS: Dict[str, object] = {
@@ -46,7 +46,6 @@ PUBLISHED = {  # (hidden, layers, patch, image) -> what NeMo loads the encoder b
     (1024, 24, 14, 336): "openai/clip-vit-large-patch14-336",
     (1152, 27, 14, 384): "google/siglip-so400m-patch14-384",
 }
-_FEATURES = {"default": "patch", "full": "cls_patch"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +127,10 @@ def _encoder(said: dict[str, object], config: ModelConfig, held: Parts, encoder:
             "hidden_size": vision.hidden,
             "class_token_length": vision.class_tokens,
         }
-    if isinstance(layer := config.raw.get("vision_feature_layer"), int):
-        said["vision_select_layer"] = layer
-    if (features := _FEATURES.get(str(config.raw.get("vision_feature_select_strategy")))) is not None:
-        said["vision_select_feature"] = features
+    if config.feature_layer is not None:
+        said["vision_select_layer"] = config.feature_layer
+    if config.feature_select is not None:
+        said["vision_select_feature"] = next(word for word, ours in FEATURES.items() if ours == config.feature_select)
     return {**said, "from_pretrained": _name(said, held.vision, encoder)}
 
 

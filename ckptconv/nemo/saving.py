@@ -21,7 +21,7 @@ from ckptconv.megatron.args_write import dynamic_rope
 from ckptconv.megatron.dist_objects import objects
 from ckptconv.megatron.dist_saving import Filing, layout, telling
 from ckptconv.megatron.extra_state import ExtraState
-from ckptconv.megatron.saving import vocab_rows
+from ckptconv.megatron.saving import vocab_notes, vocab_rows
 from ckptconv.nemo import artifacts, model_config, neva, neva_config, sentencepiece, tokenizer_files
 from ckptconv.nemo.loading import DISTRIBUTED, MAX_TOKENIZER, RANK_FILES, TOKENIZER, WEIGHTS, content
 from ckptconv.nemo.model_config_write import DIVISOR, Form, Tokenizer, write
@@ -144,7 +144,8 @@ def save(stored: Stored, request: Request, archive: Archive) -> Plan:
     )  # fmt: skip
     members.append((model_config.NAME, text))
     members += _distributed(stored, archive) if archive.distributed else _ranks(stored, archive)
-    about: dict[str, object] = {"format_notes": list(notes(stored, archive.tokenizer, archive.encoder))}
+    told = [*vocab_notes(stored, request), *notes(stored, archive.tokenizer, archive.encoder)]
+    about: dict[str, object] = {"format_notes": told}
     if archive.pack:
         return Plan((tar_write.layout("archive.nemo", members),), about=about, single=True)
     return Plan(tuple(_loose(name, body) for name, body in members), about=about)

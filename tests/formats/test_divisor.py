@@ -18,7 +18,7 @@ def job(tmp_path: Path, divisor: int, saver: str, **wishes: Any) -> Job:
     return Job(source, saver=saver, vocab_divisor=divisor, **wishes)
 
 
-@pytest.mark.parametrize("saver", ["mcore", "mcore-dist"])
+@pytest.mark.parametrize("saver", ["mcore", "mcore-dist", "nemo", "nemo2"])
 def test_rows_that_do_not_meet_it_are_refused(saver: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--make-vocab-size-divisible-by 7: .* 40 rows .*: give --vocab-size"):
         prepare(job(tmp_path, 7, saver))

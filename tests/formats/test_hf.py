@@ -21,13 +21,15 @@ from safetensors.torch import load_file, save_file
 from ckptconv.canonicalize import canonicalize
 from ckptconv.checkpoint import Extras, Stored
 from ckptconv.dtypes import BF16, FP32
-from ckptconv.errors import ConfigError, FormatError, TopologyError, UsageError
+from ckptconv.errors import ConfigError, CoverageError, FormatError, TopologyError, UsageError
 from ckptconv.formats import Request
 from ckptconv.formats.hf import Hf, HfLoad, HfSave
 from ckptconv.huggingface.folder_write import split, weight_files
 from ckptconv.localize import localize
 from ckptconv.nodes import Fill
+from ckptconv.pipeline import Job, prepare
 from ckptconv.plan import Late, Plan
+from ckptconv.testing.checkpoints import write_hf
 from ckptconv.topology import Rank, Topology, even
 
 HF = Hf()
@@ -372,3 +374,12 @@ def test_loading_reads_no_tensor(hf_folders: dict[str, Path], tmp_path: Path) ->
         file.write(header)
         file.truncate(len(data))
     assert resave(load(source))[1].nbytes > len(data)
+
+
+def test_weights_of_whole_numbers_are_refused(tmp_path: Path) -> None:
+    source = write_hf(tmp_path / "hf", "llama")
+    tensors = load_file(source / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": tensors["lm_head.weight"].to(torch.int8)}, source / "model.safetensors")
+    for saver in ("hf", "mcore"):
+        with pytest.raises(CoverageError, match=r"lm_head.weight is int8: quantised weights cannot be converted"):
+            prepare(Job(source, saver=saver))

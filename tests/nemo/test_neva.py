@@ -290,3 +290,16 @@ def test_parts_that_neva_does_not_have_are_refused(tmp_path: Path) -> None:
     assert len(list(problems(wrong))) == 3
     write_hf(tmp_path / "hf", "llama")
     assert list(problems(ckptconv.load(tmp_path / "hf").config)) == []
+
+
+def test_how_the_projector_is_given_an_image_goes_there_and_back(llava: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(llava / "whole", source)
+    table = json.loads((source / "config.json").read_text())
+    said = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "image_seq_length": 5}
+    (source / "config.json").write_text(json.dumps({**table, **said}))
+    convert(source, tmp_path / "a.nemo", saver="nemo", saver_options={"tokenizer": TOKENIZER})
+    encoder = settings(tmp_path / "a.nemo")["mm_cfg"]["vision_encoder"]
+    assert (encoder["vision_select_layer"], encoder["vision_select_feature"]) == (-1, "cls_patch")
+    found = ckptconv.load(tmp_path / "a.nemo", loader_options={"vision_heads": 4}).config
+    assert (found.feature_layer, found.feature_select) == (-1, "full")

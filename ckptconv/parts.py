@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping as Dict
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from ckptconv.checkpoint import Checkpoint, Extras, Key
-from ckptconv.config import SIGHT, TOWERS, ModelConfig
+from ckptconv.config import COMPUTED, SIGHT, TOWERS, ModelConfig
 from ckptconv.errors import ConfigError, UsageError
 from ckptconv.mapping_files import families_of_parts, load_mapping
 
@@ -31,16 +32,19 @@ def extract(checkpoint: Checkpoint, part: str) -> Checkpoint:
     """One part of a model as a checkpoint of its own; a part that is alone already is taken as it is."""
     if part not in PARTS:
         raise UsageError(f"part {part!r}: a model's parts are {', '.join(PARTS)}")
-    config = checkpoint.config
-    if part == config.kind:
+    config, held = checkpoint.config, parts_of(checkpoint)
+    if held == (part,):
         return checkpoint
-    if part not in parts_of(checkpoint):
-        raise ConfigError(f"there is no {part} in this model: it has {', '.join(parts_of(checkpoint))}")
-    own, under = (_language(config), "") if part == LANGUAGE else (config.towers[part], f"{part}.")
+    if part not in held:
+        raise ConfigError(f"there is no {part} in this model: it has {', '.join(held)}")
+    main, under = held[0], "" if part == held[0] else f"{part}."
+    own = _language(config) if part == LANGUAGE else replace(config.towers.get(part, config), towers={})
+    if part == "projector":  # what it was trained to be given
+        own = replace(own, **_of(config, COMPUTED))
     tensors = {
         Key(key.name.removeprefix(under), key.slot): tensor
         for key, tensor in checkpoint.tensors.items()
-        if (_owner(key.name) or LANGUAGE) == part
+        if (_owner(key.name) or main) == part
     }
     return replace(checkpoint, config=own, tensors=tensors, extras=_own_extras(checkpoint, own, part))
 
@@ -81,7 +85,8 @@ def combine(language: Checkpoint, vision: Checkpoint, projector: Checkpoint | No
         if parts_of(checkpoint) != (part,):
             raise ConfigError(f"what is given as {part} is {_article(parts_of(checkpoint))}")
     towers = {part: checkpoint.config for part, checkpoint in found.items() if part != LANGUAGE}
-    config = replace(language.config, towers=towers)
+    trained_for = _of(projector.config, COMPUTED) if projector else {}
+    config = replace(language.config, towers=towers, **trained_for)
     check_fit(config)
     tensors = dict(language.tensors)
     for part in towers:
@@ -103,8 +108,7 @@ def swap(model: Checkpoint, part: str, other: Checkpoint) -> Checkpoint:
         raise ConfigError(f"a part can only be swapped in a model with a vision tower: this one has {', '.join(held)}")
     parts = {name: extract(model, name) for name in held if name != part} | {part: extract(other, part)}
     joined = combine(parts[LANGUAGE], parts["vision"], parts.get("projector"))
-    seen: dict[str, Any] = {name: getattr(model.config, name) for name in SIGHT}
-    joined = replace(joined, config=replace(joined.config, **seen))
+    joined = replace(joined, config=replace(joined.config, **_of(model.config, SIGHT)))
     old = _language(model.config) if part == LANGUAGE else model.config.towers.get(part)
     return _as_before(joined, model) if old and old.family == parts[part].config.family else joined
 
@@ -151,6 +155,10 @@ def _owner(name: str) -> str | None:
     """The tower an atom belongs to."""
     first = name.partition(".")[0]
     return first if first in TOWERS else None
+
+
+def _of(config: ModelConfig, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in names}
 
 
 def _article(parts: tuple[str, ...]) -> str:

@@ -303,3 +303,15 @@ def test_how_the_projector_is_given_an_image_goes_there_and_back(llava: Path, tm
     assert (encoder["vision_select_layer"], encoder["vision_select_feature"]) == (-1, "cls_patch")
     found = ckptconv.load(tmp_path / "a.nemo", loader_options={"vision_heads": 4}).config
     assert (found.feature_layer, found.feature_select) == (-1, "full")
+
+
+def test_projector_is_taken_out_of_an_archive_that_holds_no_language_model(
+    archive: Archive, llava: Path, tmp_path: Path
+) -> None:
+    """Alone, or with the image encoder that it was trained behind."""
+    made = []
+    for name, options in (("alone", {}), ("beside", {"vision_encoder": llava / "vision"})):
+        job = Job(archive(NEVA), saver="mm-projector", loader_options=options)
+        execute(prepare_extract(job, "projector").plan, tmp_path / f"{name}.bin")
+        made.append((tmp_path / f"{name}.bin").read_bytes())
+    assert made[0] == made[1]

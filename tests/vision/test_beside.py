@@ -160,3 +160,14 @@ def test_args_of_a_model_joined_at_once_are_those_of_one_joined_in_a_folder(tmp_
 def args_of(folder: Path) -> Any:
     (rank, *_) = sorted(folder.glob("iter_*/mp_rank_00*/model_optim_rng.pt"))
     return torch.load(rank, weights_only=False)["args"]
+
+
+def test_a_projector_is_given_what_it_was_trained_with(parts: Path, tmp_path: Path) -> None:
+    make_whole(tmp_path / "last", "Llava", vision_feature_layer=-1, vision_feature_select_strategy="full")
+    for part in ("lm", "vision"):
+        write(prepare_extract(to("hf", tmp_path / "last"), part), tmp_path / part)
+    for saver, beside, options in (("hf", "", {"image-token": 130}), ("mcore", "hf", {})):
+        job = to(saver, tmp_path / "lm", saver_options=options)
+        made = prepare_combine(job, Job(tmp_path / "vision"), Job(tmp_path / "last"), kind="llava")
+        table = config_json(write(made, tmp_path / saver) / beside)
+        assert (table["vision_feature_layer"], table["vision_feature_select_strategy"]) == (-1, "full")

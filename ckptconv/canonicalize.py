@@ -98,8 +98,6 @@ class _Gathered:
     def add(self, binding: Binding, key: Key, tensor: Tensor, where: str) -> None:
         if tensor.shape != binding.shape:
             self.misshaped.append(f"{where}: {key} has shape {tensor.shape}, expected {binding.shape}")
-        elif not tensor.dtype.is_float and not self.is_dropped(key.name):
-            self.misshaped.append(f"{where}: {key} is {tensor.dtype}: quantised weights cannot be converted")
         elif self.is_dropped(key.name):
             self.dropped.append(key.name)
         elif binding.box is not None:

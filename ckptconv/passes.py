@@ -13,7 +13,7 @@ import numpy as np
 
 from ckptconv.checkpoint import EXP_AVG, EXP_AVG_SQ, MASTER, Checkpoint, Key, TrainingState
 from ckptconv.dtypes import DTYPES, FP32, DType
-from ckptconv.errors import ConfigError, UsageError, ValueLossError
+from ckptconv.errors import ConfigError, CoverageError, UsageError, ValueLossError
 from ckptconv.mapping import Mapping
 from ckptconv.nodes import Fill, concat
 from ckptconv.tensor import Tensor
@@ -156,6 +156,17 @@ def _with_rows(checkpoint: Checkpoint, rows: int, row_of: RowOf, mapping: Mappin
 
     tensors = {key: one(key, tensor) for key, tensor in checkpoint.tensors.items()}
     return replace(checkpoint, tensors=tensors, config=replace(config, vocab_rows=rows))
+
+
+def refuse_whole_numbers(checkpoint: Checkpoint) -> None:
+    """Weights that are no floating point numbers are quantised: what they mean is not in their bytes."""
+    found = [f"{key} is {tensor.dtype}" for key, tensor in checkpoint.tensors.items() if not tensor.dtype.is_float]
+    if found:
+        raise CoverageError(
+            "quantised weights cannot be converted:",
+            found,
+            "Convert the model as it was before, or leave them out with --drop.",
+        )
 
 
 def with_vocabulary(checkpoint: Checkpoint, vocab: int | None) -> Checkpoint:

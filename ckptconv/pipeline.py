@@ -101,7 +101,9 @@ def open_checkpoint(job: Job, *, training: bool = False) -> tuple[Format, Checkp
     request = replace(job.request(), training=training)
     fmt, stored = load_stored(job.source, job.loader, job.loader_options, request)
     job.layout.check_source(stored.topology)
-    return fmt, passes.with_vocabulary(canonicalize(stored, job.drop), job.vocab_size)
+    checkpoint = canonicalize(stored, job.drop)
+    passes.refuse_whole_numbers(checkpoint)
+    return fmt, passes.with_vocabulary(checkpoint, job.vocab_size)
 
 
 @no_collecting()

@@ -18,7 +18,7 @@ from ckptconv.huggingface.sections import of_parts, own_code, write
 from ckptconv.huggingface.sight import read_sight
 from ckptconv.mapping import Mapping
 from ckptconv.mapping_files import chosen, families_of_parts, family_names, load_mapping
-from ckptconv.parts import CONFIG, LANGUAGE, PARTS, combine, extract, parts_of, swap
+from ckptconv.parts import CONFIG, LANGUAGE, PARTS, combine, extract, left_behind, parts_of, swap
 from ckptconv.pipeline import Job, Prepared, open_checkpoint, prepare_from
 from ckptconv.projectors import KINDS, check_kind, kind_named, new_projector
 
@@ -82,6 +82,8 @@ def prepare_extract(job: Job, part: str) -> Prepared:
     """The plan of one part of a model as a checkpoint of its own."""
     loader, model = open_checkpoint(job)
     taken = extract(model, part)
+    for note in left_behind(model.extras.files, taken.extras.files, "the whole model's folder"):
+        taken = _noted(taken, note)
     if taken is not model and taken.config.family in _families(job):
         taken = _described(taken, load_mapping(taken.config.family), job)
     return prepare_from(job, loader, taken, str(job.source))
@@ -156,6 +158,8 @@ def _described(model: Checkpoint, mapping: Mapping, job: Job) -> Checkpoint:
     try:
         table = write_config(true, base, mapping)[0] if complete else write(true, base, mapping, write_config)
     except ConfigError as error:
+        kept = {name: source for name, source in model.extras.files.items() if name != CONFIG or base is None}
+        model = replace(model, extras=replace(model.extras, files=kept))  # one of before would say what is no longer so
         return _noted(model, f"{NO_CONFIG} {mapping.name}: {str(error).splitlines()[0]}")
     files = {**model.extras.files, CONFIG: literal(config_text(table))}
     seen = read_sight(table, CONFIG, mapping) if mapping.parts else {}

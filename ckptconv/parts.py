@@ -11,13 +11,11 @@ from ckptconv.checkpoint import Checkpoint, Extras, Key
 from ckptconv.config import COMPUTED, SIGHT, TOWERS, ModelConfig
 from ckptconv.errors import ConfigError, UsageError
 from ckptconv.mapping_files import families_of_parts, load_mapping
+from ckptconv.source import Source
 
 LANGUAGE = "lm"
-CONFIG, PROCESSOR, IMAGES = (
-    "config.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-)  # files that travel along
+# files that travel along
+CONFIG, PROCESSOR, IMAGES = "config.json", "processor_config.json", "preprocessor_config.json"
 OF_WHOLE = (CONFIG, PROCESSOR)
 PARTS = (LANGUAGE, *TOWERS)
 
@@ -74,6 +72,12 @@ def _own_extras(checkpoint: Checkpoint, own: ModelConfig, part: str) -> Extras:
     return replace(extras, files=files, objects=objects)
 
 
+def left_behind(found: Dict[str, Source], taken: Dict[str, Source], where: str) -> tuple[str, ...]:
+    """A note of the files that are not taken; a config.json is made anew."""
+    left = sorted(name for name in found if name not in (*taken, CONFIG))
+    return (f"left behind in {where}: {', '.join(left)}",) if left else ()
+
+
 def _goes_with(part: str, name: str) -> bool:
     return name == IMAGES and part == "vision" if part != LANGUAGE else name not in (*OF_WHOLE, IMAGES)
 
@@ -108,7 +112,10 @@ def swap(model: Checkpoint, part: str, other: Checkpoint) -> Checkpoint:
         raise ConfigError(f"a part can only be swapped in a model with a vision tower: this one has {', '.join(held)}")
     parts = {name: extract(model, name) for name in held if name != part} | {part: extract(other, part)}
     joined = combine(parts[LANGUAGE], parts["vision"], parts.get("projector"))
-    joined = replace(joined, config=replace(joined.config, **_of(model.config, SIGHT)))
+    seen = _of(model.config, SIGHT)
+    if part == "projector":  # a new one is given what it was trained with, if that is known
+        seen |= {name: value for name, value in _of(parts[part].config, COMPUTED).items() if value is not None}
+    joined = replace(joined, config=replace(joined.config, **seen))
     old = _language(model.config) if part == LANGUAGE else model.config.towers.get(part)
     return _as_before(joined, model) if old and old.family == parts[part].config.family else joined
 
@@ -146,6 +153,7 @@ def _beside(found: Dict[str, Checkpoint]) -> Extras:
     state = [word for checkpoint in found.values() for word in checkpoint.extras.state]
     of_tower = {name: source for name, source in found["vision"].extras.files.items() if _goes_with("vision", name)}
     files = of_tower | {name: source for name, source in extras.files.items() if name not in of_tower}
+    notes += left_behind(found["vision"].extras.files, of_tower, "the vision tower's folder")
     scratch = tuple(path for checkpoint in found.values() for path in checkpoint.extras.scratch)
     objects = {**extras.objects, "state": state}
     return replace(extras, notes=tuple(dict.fromkeys(notes)), files=files, objects=objects, scratch=scratch)

@@ -101,9 +101,7 @@ def open_checkpoint(job: Job, *, training: bool = False) -> tuple[Format, Checkp
     request = replace(job.request(), training=training)
     fmt, stored = load_stored(job.source, job.loader, job.loader_options, request)
     job.layout.check_source(stored.topology)
-    checkpoint = canonicalize(stored, job.drop)
-    passes.refuse_whole_numbers(checkpoint)
-    return fmt, passes.with_vocabulary(checkpoint, job.vocab_size)
+    return fmt, passes.with_vocabulary(canonicalize(stored, job.drop), job.vocab_size)
 
 
 @no_collecting()
@@ -118,6 +116,7 @@ def prepare_from(job: Job, loader: Format, checkpoint: Checkpoint, root: str) ->
     """The same for a checkpoint that is open already; sources are told relative to `root`."""
     request = job.request()
     saver = loader if job.saver is None else get_format(job.saver)
+    passes.refuse_whole_numbers(checkpoint)
     checkpoint = _without_state(checkpoint, job.optimizer, saver.name)
     _refuse_other_iteration(checkpoint, job.iteration)
     _refuse_idle_tokenizer(job.tokenizer, loader, saver)

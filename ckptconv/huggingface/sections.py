@@ -257,7 +257,8 @@ def _check_projector(config: ModelConfig, mapping: Mapping) -> None:
         if (found := getattr(projector, field)) != built:
             why = f" (the language model's {wanted})" if isinstance(wanted, str) else ""
             raise ConfigError(
-                f"{mapping.name}: the projector's {field} is {found}, its class builds one with {built}{why}"
+                f"{mapping.name}: the projector's {field} is {found}, its class builds one with {built}{why}; "
+                "--saver.family names a family that has such a one"
             )
 
 

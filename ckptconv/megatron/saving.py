@@ -95,7 +95,7 @@ def vocab_rows(config: ModelConfig, topology: Topology, multiple: int) -> int:
 def vocab_notes(stored: Stored, request: Request) -> tuple[str, ...]:
     """What becomes of a wish for other padding where the true size is not known: rows that do not meet it are refused."""
     config, asked = stored.config, request.vocab_divisor
-    if asked is None or config.vocab is not None or config.kind == "vision":
+    if asked is None or config.vocab is not None or config.kind != "text":
         return ()
     step = asked * stored.topology.tp
     said = f"--make-vocab-size-divisible-by {asked}: how many of the embedding's {config.vocab_rows} rows are real is not known"

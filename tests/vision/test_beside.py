@@ -66,12 +66,16 @@ def test_padding_of_a_megatron_language_model_does_not_become_vocabulary(parts: 
 
 def test_tokenizer_is_the_language_models_and_the_processor_the_towers(parts: Path, tmp_path: Path) -> None:
     job = to("hf", parts / "lm", saver_options={"image-token": 130})
-    made = write(prepare_combine(job, Job(parts / "clip"), kind="llava", init_projector=NORMAL), tmp_path / "vlm")
+    joined = prepare_combine(job, Job(parts / "clip"), kind="llava", init_projector=NORMAL)
+    assert "left behind in the vision tower's folder: merges.txt, special_tokens_map.json, vocab.json" in notes(joined)
+    made = write(joined, tmp_path / "vlm")
     for name in (*OF_LANGUAGE, OF_TOWER[0]):
         assert json.loads((made / name).read_text())["of"] == ("clip" if name == OF_TOWER[0] else "lm")
     assert not [name for name in OF_TOWER[1:] if (made / name).exists()]
     for part, there, gone in (("lm", OF_LANGUAGE, OF_TOWER[:1]), ("vision", OF_TOWER[:1], OF_LANGUAGE)):
-        alone = write(prepare_extract(to("hf", made), part), tmp_path / part)
+        prepared = prepare_extract(to("hf", made), part)
+        assert f"left behind in the whole model's folder: {', '.join(sorted(gone))}" in notes(prepared)
+        alone = write(prepared, tmp_path / part)
         assert all((alone / name).exists() for name in there)
         assert not any((alone / name).exists() for name in gone)
 
@@ -171,3 +175,21 @@ def test_a_projector_is_given_what_it_was_trained_with(parts: Path, tmp_path: Pa
         made = prepare_combine(job, Job(tmp_path / "vision"), Job(tmp_path / "last"), kind="llava")
         table = config_json(write(made, tmp_path / saver) / beside)
         assert (table["vision_feature_layer"], table["vision_feature_select_strategy"]) == (-1, "full")
+
+
+def test_a_new_projector_brings_what_it_was_trained_with(parts: Path, tmp_path: Path) -> None:
+    make_whole(tmp_path / "last", "Llava", seed=9, vision_feature_layer=-1, vision_feature_select_strategy="full")
+    swapped = prepare_swap(to("hf", parts / "llava"), Job(tmp_path / "last"), "projector")
+    table = config_json(write(swapped, tmp_path / "out"))
+    assert (table["vision_feature_layer"], table["vision_feature_select_strategy"]) == (-1, "full")
+    assert "left behind" not in notes(swapped)
+
+
+def test_a_config_that_is_no_longer_true_does_not_travel(parts: Path, tmp_path: Path) -> None:
+    """Its class would build a projector of another width, and its layers are no longer those of the model."""
+    wide = {"0.weight": (80, 64), "0.bias": (80,), "2.weight": (48, 80), "2.bias": (48,)}
+    torch.save({f"model.mm_projector.{name}": torch.ones(shape) for name, shape in wide.items()}, tmp_path / "wide.bin")
+    swapped = prepare_swap(to("mcore", parts / "llava"), Job(tmp_path / "wide.bin"), "projector")
+    assert "no config.json travels along of hf-llava" in notes(swapped)
+    assert not (write(swapped, tmp_path / "out") / "hf" / "config.json").exists()
+    assert load(tmp_path / "out").config.towers["projector"].ffn == 80

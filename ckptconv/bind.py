@@ -16,9 +16,8 @@ from ckptconv.mapping import Alternative, Apply, Expr, Mapping, Rule, atoms_of, 
 from ckptconv.ops import OPS, Op
 from ckptconv.tensor import Shape, Tensor
 from ckptconv.topology import Cut, Rank, Stage, Topology
-from ckptconv.vocabulary import VARIABLE
+from ckptconv.vocabulary import VARIABLE, Indices, filled, hole
 
-Env = dict[str, int]
 Box = tuple[int, int]
 
 
@@ -49,9 +48,9 @@ class Node:
     op: Op
     args: tuple[Node | Leaf, ...]
     shape: Shape
-    over: tuple[Env, ...] = ()
+    over: tuple[Indices, ...] = ()
 
-    def operands(self, env: Env) -> list[tuple[Node | Leaf, Env]]:
+    def operands(self, env: Indices) -> list[tuple[Node | Leaf, Indices]]:
         """Each operand with the indices of its atoms."""
         if self.over:
             return [(self.args[0], env | value) for value in self.over]
@@ -63,7 +62,7 @@ class Binding(NamedTuple):
 
     stored: str
     expr: Node | Leaf
-    env: Env
+    env: Indices
     copy: bool = False
     box: Box | None = None
 
@@ -76,36 +75,44 @@ class Binding(NamedTuple):
         return list(_atoms(self.expr, self.env))
 
 
-def _atoms(expr: Node | Leaf, env: Env) -> Iterator[str]:
+def _atoms(expr: Node | Leaf, env: Indices) -> Iterator[str]:
     if isinstance(expr, Leaf):
-        yield expr.atom.format(**env)
+        yield filled(expr.atom, env)
     else:
         for arg, inner in expr.operands(env):
             yield from _atoms(arg, inner)
 
 
-def put_together(expr: Node | Leaf, env: Env, get: Callable[[str], Tensor]) -> Tensor:
+def put_together(expr: Node | Leaf, env: Indices, get: Callable[[str], Tensor]) -> Tensor:
     """The expression applied to the cut atoms."""
     if isinstance(expr, Leaf):
-        return expr.pick(get(expr.atom.format(**env)))
+        return expr.pick(get(filled(expr.atom, env)))
     return expr.op.forward([put_together(arg, inner, get) for arg, inner in expr.operands(env)])
 
 
-def take_apart(expr: Node | Leaf, env: Env, whole: Tensor) -> Iterator[tuple[str, Leaf, Tensor]]:
+def take_apart(expr: Node | Leaf, env: Indices, whole: Tensor) -> list[tuple[str, Leaf, Tensor]]:
     """(atom, where, piece) of every atom in an assembled tensor: the inverse, walked from the root."""
     if isinstance(expr, Leaf):
-        yield expr.atom.format(**env), expr, whole
-    else:
-        operands = expr.operands(env)
-        pieces = expr.op.inverse(whole, [arg.shape for arg, _ in operands])
-        for (arg, inner), piece in zip(operands, pieces, strict=True):
-            yield from take_apart(arg, inner, piece)
+        return [(filled(expr.atom, env), expr, whole)]
+    operands = expr.operands(env)
+    pieces = expr.op.inverse(whole, [arg.shape for arg, _ in operands])
+    rows = zip(operands, pieces, strict=True)
+    return [found for (arg, inner), piece in rows for found in take_apart(arg, inner, piece)]
 
 
 def bind(
-    mapping: Mapping, variant: frozenset[str], config: ModelConfig, topology: Topology, rank: Rank
+    mapping: Mapping,
+    variant: frozenset[str],
+    config: ModelConfig,
+    topology: Topology,
+    rank: Rank,
+    *,
+    sample: bool = False,
 ) -> Iterator[Binding]:
-    """The table of one rank: rows that share an index variable run index by index, as a module tree does."""
+    """The table of one rank: rows that share an index variable run index by index, as a module tree does.
+
+    `sample`: of the rows that one rule has in a layer, the first.
+    """
     if not (mapping.cut or mapping.deal) and topology.pp * topology.vpp * topology.processes_per_stage > 1:
         degrees = ", ".join(f"{name} {topology.degree(name)}" for name in ("tp", "pp", "vpp", "ep", "etp"))
         raise TopologyError(f"{mapping.name} holds whole tensors: they cannot be laid out over ranks ({degrees})")
@@ -120,7 +127,8 @@ def bind(
         compiled = [c for rule in rules if (c := binder.compile(rule)) is not None]
         for values in binder.domain(variable) if variable else [(0, 0)]:
             for row in compiled:
-                yield from binder.rows(row, variable, values)
+                rows = binder.rows(row, variable, values)
+                yield from itertools.islice(rows, 1) if sample else rows
 
 
 def _block_of(rule: Rule) -> tuple[str, str]:
@@ -163,7 +171,7 @@ class _Binder:
         self.variant_tags = mapping.variant_tags
         self.cuts: dict[tuple[str, bool], Cut] = {}
         self.domains: dict[str, list[tuple[int, int]]] = {}
-        self.combined: dict[tuple[str, ...], list[tuple[Env, Env]]] = {}
+        self.combined: dict[tuple[str, ...], list[tuple[Indices, Indices]]] = {}
         self.built: dict[tuple[str, int], tuple[Node | Leaf, Box | None]] = {}
 
     def has(self, tag: str, layer: int | None) -> bool:
@@ -214,18 +222,23 @@ class _Binder:
         if not variable:
             yield Binding(stored, expr, {}, copy, box)
             return
-        stored = stored.replace(f"{{{variable}}}", str(local))
+        first = hole(variable)
+        stored, outer = stored.replace(first, str(local)), {first: str(index)}
         for ours, theirs in self.combinations(row.variables[1:]):
-            yield Binding(stored.format(**theirs), expr, {variable: index, **ours}, copy, box)
+            yield Binding(filled(stored, theirs), expr, outer | ours, copy, box)
 
-    def combinations(self, variables: tuple[str, ...]) -> list[tuple[Env, Env]]:
+    def combinations(self, variables: tuple[str, ...]) -> list[tuple[Indices, Indices]]:
         """Every choice of an index for each variable: the global ones, and those that this rank stores them under."""
         if variables not in self.combined:
+            holes = [hole(v) for v in variables]
             choices = itertools.product(*(self.domain(v) for v in variables))
             self.combined[variables] = [
-                (dict(zip(variables, (i for i, _ in pairs), strict=True)), dict(zip(variables, (j for _, j in pairs), strict=True)))
+                (
+                    {name: str(i) for name, (i, _) in zip(holes, pairs, strict=True)},
+                    {name: str(j) for name, (_, j) in zip(holes, pairs, strict=True)},
+                )
                 for pairs in choices
-            ]  # fmt: skip
+            ]
         return self.combined[variables]
 
     def expression(self, rule: Rule, alternative: Alternative) -> tuple[Node | Leaf, Box | None]:
@@ -263,7 +276,7 @@ class _Binder:
         op = OPS[expr.op](**self.params(expr, whole=whole))
         if expr.over is None:
             return Node(op, args, op.shape([arg.shape for arg in args]))
-        over = tuple({expr.over: index} for index, _ in self.domain(expr.over))
+        over = tuple({hole(expr.over): str(index)} for index, _ in self.domain(expr.over))
         return Node(op, args, op.shape([args[0].shape] * len(over)), over)
 
     def leaf(self, template: str, *, whole: bool) -> Leaf:

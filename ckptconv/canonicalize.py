@@ -6,8 +6,9 @@ import difflib
 from collections import defaultdict
 from collections.abc import Mapping as Dict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from ckptconv.assemble import assemble
 from ckptconv.bind import Binding, bind, take_apart
@@ -43,12 +44,11 @@ def canonicalize(stored: Stored, drop: Sequence[str] = ()) -> Checkpoint:
     return Checkpoint(stored.config, tensors, origin, extras, (*stored.replicas, *gathered.replicas), dropped)
 
 
-@dataclass
-class _Pieces:
+class _Pieces(NamedTuple):
     """The pieces of one atom (or assembled tensor) so far, by offset, and where the first of each was found."""
 
     shape: Shape
-    parts: dict[Shape, tuple[Tensor, str]] = field(default_factory=dict)
+    parts: dict[Shape, tuple[Tensor, str]]
 
 
 class _Gathered:
@@ -56,7 +56,7 @@ class _Gathered:
 
     def __init__(self, stored: Stored, drop: tuple[str, ...]) -> None:
         self.stored, self.drop = stored, drop
-        self.atoms: dict[Key, _Pieces] = {}
+        self.atoms: dict[str, dict[str, _Pieces]] = defaultdict(dict)  # by slot
         self.assembled: dict[tuple[Key, ...], tuple[Binding, Key, _Pieces]] = {}
         self.replicas: list[Replica] = []
         self.dropped: list[str] = []
@@ -69,21 +69,21 @@ class _Gathered:
 
     def add_rank(self, rank: Rank, tensors: Dict[Key, Tensor]) -> None:
         mapping, where = self.stored.mapping, self.place(rank)
-        left: dict[str, dict[str, tuple[Key, Tensor]]] = defaultdict(dict)
+        left: dict[str, dict[str, tuple[Key, Tensor]]] = defaultdict(dict)  # by slot
         for key, tensor in tensors.items():
-            name = mapping.rename(key.name)
-            if key.slot in left[name]:
+            name, slot = mapping.rename(key.name), left[key.slot]
+            if name in slot:
                 raise FormatError(where, f"{key} is stored twice, in an old and a new spelling")
-            left[name][key.slot] = (key, tensor)
+            slot[name] = (key, tensor)
         for binding in bind(mapping, self.stored.variant, self.stored.config, self.stored.topology, rank):
-            slots = left.pop(binding.stored, None)
-            if slots is None:
-                if not binding.copy:
-                    self.missing[binding.stored].append(where)
-                continue
-            for key, tensor in slots.values():
-                self.add(binding, key, tensor, where)
-        for name in left:
+            there = binding.copy
+            for slot in left.values():
+                if (found := slot.pop(binding.stored, None)) is not None:
+                    self.add(binding, *found, where)
+                    there = True
+            if not there:
+                self.missing[binding.stored].append(where)
+        for name in dict.fromkeys(name for slot in left.values() for name in slot):
             self.add_stray(name, where)
 
     def add_stray(self, name: str, where: str) -> None:
@@ -93,29 +93,31 @@ class _Gathered:
             self.unexpected[name].append(where)
 
     def is_dropped(self, name: str) -> bool:
-        return bool(self.drop) and any(fnmatchcase(name, pattern) for pattern in self.drop)
+        return any(fnmatchcase(name, pattern) for pattern in self.drop)
 
     def add(self, binding: Binding, key: Key, tensor: Tensor, where: str) -> None:
         if tensor.shape != binding.shape:
             self.misshaped.append(f"{where}: {key} has shape {tensor.shape}, expected {binding.shape}")
-        elif self.is_dropped(key.name):
+        elif self.drop and self.is_dropped(key.name):
             self.dropped.append(key.name)
         elif binding.box is not None:
             atoms = tuple(Key(a, key.slot) for a in binding.atoms)
-            kept = self.assembled.setdefault(atoms, (binding, key, _Pieces(binding.expr.shape)))
-            self.keep(kept[2], (binding.box[0], *(0 for _ in tensor.shape[1:])), tensor, str(key), where)
+            kept = self.assembled.setdefault(atoms, (binding, key, _Pieces(binding.expr.shape, {})))
+            self.keep(kept[2], (binding.box[0], *(0 for _ in tensor.shape[1:])), tensor, key, where)
         else:
             self.add_atoms(binding, key, tensor, where)
 
     def add_atoms(self, binding: Binding, key: Key, tensor: Tensor, where: str) -> None:
+        atoms = self.atoms[key.slot]
         for name, leaf, piece in take_apart(binding.expr, binding.env, tensor):
-            if self.is_dropped(name):
+            if self.drop and self.is_dropped(name):
                 self.dropped.append(name)
-                continue
-            pieces = self.atoms.setdefault(Key(name, key.slot), _Pieces(leaf.whole))
-            self.keep(pieces, leaf.offset, piece, str(key), where)
+            elif name in atoms:
+                self.keep(atoms[name], leaf.offset, piece, key, where)
+            else:
+                atoms[name] = _Pieces(leaf.whole, {leaf.offset: (piece, where)})
 
-    def keep(self, pieces: _Pieces, offset: Shape, tensor: Tensor, name: str, where: str) -> None:
+    def keep(self, pieces: _Pieces, offset: Shape, tensor: Tensor, name: Key, where: str) -> None:
         """The first piece at an offset is kept; any other there must be a copy of it."""
         first = pieces.parts.get(offset)
         if first is None:
@@ -125,7 +127,7 @@ class _Gathered:
                 f"{where}: {name} is {tensor.dtype} {tensor.shape}, but {first[0].dtype} {first[0].shape} at {first[1]}"
             )
         elif first[0] != tensor:
-            self.replicas.append(Replica(name, first[0], tensor, f"{where} against {first[1]}"))
+            self.replicas.append(Replica(str(name), first[0], tensor, f"{where} against {first[1]}"))
 
     def finish_assembled(self) -> None:
         """Tensors that were cut after assembling are gathered first and taken apart then."""
@@ -134,8 +136,7 @@ class _Gathered:
                 self.add_atoms(binding, key, whole, "all ranks")
 
     def join(self, key: Key, pieces: _Pieces) -> Tensor | None:
-        dtypes = {t.dtype for t, _ in pieces.parts.values()}
-        if len(dtypes) > 1:
+        if len(pieces.parts) > 1 and len(dtypes := {t.dtype for t, _ in pieces.parts.values()}) > 1:
             self.misshaped.append(f"{key} is stored as {' and '.join(sorted(map(str, dtypes)))} on different ranks")
             return None
         try:
@@ -145,10 +146,15 @@ class _Gathered:
             return None
 
     def joined(self) -> dict[Key, Tensor]:
-        tensors = {key: self.join(key, pieces) for key, pieces in self.atoms.items()}
+        tensors = {}
+        for slot, atoms in self.atoms.items():
+            for name, pieces in atoms.items():
+                key = Key(name, slot)
+                if (tensor := self.join(key, pieces)) is not None:
+                    tensors[key] = tensor
         if self.misshaped:
             raise CoverageError("the pieces on the ranks do not make whole tensors:", self.misshaped)
-        return {key: tensor for key, tensor in tensors.items() if tensor is not None}
+        return tensors
 
     def problems(self) -> list[str]:
         lines = []

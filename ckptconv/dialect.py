@@ -29,24 +29,41 @@ def detect(
     When none fits exactly the nearest is returned, so that what does not fit is listed in its terms; two equally near but
     different ones are an error.
     """
+    dialects = [(mapping, variant) for mapping in candidates for variant in variants(mapping, chosen)]
+    likely = [dialect for dialect in dialects if _promises(*dialect, config, topology, ranks)]
+    if len(likely) == 1:  # if one fits, it is this one
+        return likely[0]
     scored = []
-    for mapping in candidates:
-        for variant in variants(mapping, chosen):
-            table = {}
-            for rank, tensors in ranks.items():
-                table.update({(rank, b.stored): b for b in bind(mapping, variant, config, topology, rank)})
-                if any("expert" in key.name for key in tensors) or not mapping.variants:
-                    break
-            misfits = _misfits(mapping, table, ranks)
-            if not misfits:
-                return mapping, variant
-            scored.append((misfits, mapping, variant, frozenset(name for _, name in table)))
+    for mapping, variant in dialects:
+        table = {}
+        for rank, tensors in ranks.items():
+            table.update({(rank, b.stored): b for b in bind(mapping, variant, config, topology, rank)})
+            if any("expert" in key.name for key in tensors) or not mapping.variants:
+                break
+        misfits = _misfits(mapping, table, ranks)
+        if not misfits:
+            return mapping, variant
+        scored.append((misfits, mapping, variant, frozenset(name for _, name in table)))
     best = min(score for score, *_ in scored)
     nearest = [s for s in scored if s[0] == best]
     if len({names for *_, names in nearest}) > 1:
         forms = [f"{m.name} {' '.join(sorted(v))}" for _, m, v, _ in nearest]
         raise FormatError("the stored names", f"fit none of these dialects and two equally badly: {', '.join(forms)}")
     return nearest[0][1], nearest[0][2]
+
+
+def _promises(
+    mapping: Mapping,
+    variant: frozenset[str],
+    config: ModelConfig,
+    topology: Topology,
+    ranks: Dict[Rank, Dict[Key, Tensor]],
+) -> bool:
+    """Whether a sample of the first rank's names is there: no dialect fits without, and few others come so far."""
+    rank, tensors = next(iter(ranks.items()))
+    shapes = {mapping.rename(key.name): tensor.shape for key, tensor in tensors.items() if key.slot == "param"}
+    sample = bind(mapping, variant, config, topology, rank, sample=True)
+    return all(b.copy or shapes.get(b.stored) == b.shape for b in sample)
 
 
 def variants(mapping: Mapping, chosen: frozenset[str] = frozenset()) -> list[frozenset[str]]:

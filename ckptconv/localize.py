@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -19,8 +18,11 @@ def localize(checkpoint: Checkpoint, target: Target, format_name: str) -> Stored
     ranks: dict[Rank, dict[Key, Tensor]] = {}
     for rank in target.topology.ranks():
         table = bind(target.mapping, target.variant, checkpoint.config, target.topology, rank)
-        ranks[rank] = dict(row for binding in table if not binding.copy for row in export.rows(binding, rank))
-    homeless = [key for key in checkpoint.tensors if key not in export.used]
+        tensors = ranks[rank] = {}
+        for binding in table:
+            if not binding.copy:
+                export.put(binding, rank, tensors)
+    homeless = [key for key in checkpoint.tensors if key.name not in export.used[key.slot]]
     omitted = [key for key in homeless if target.mapping.omits(key.name)]
     problems = export.problems + [f"no place for: {key}" for key in homeless if key not in omitted]
     if problems:
@@ -40,16 +42,18 @@ class _Export:
     """Puts stored tensors together, noting which canonical ones have found a place and which were wanted in vain."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.tensors = checkpoint.tensors
-        self.slots = sorted({key.slot for key in checkpoint.tensors})
-        self.used: set[Key] = set()
+        self.tensors: dict[str, dict[str, Tensor]] = {slot: {} for slot in sorted({k.slot for k in checkpoint.tensors})}
+        for key, tensor in checkpoint.tensors.items():
+            self.tensors[key.slot][key.name] = tensor
+        self.used: dict[str, set[str]] = {slot: set() for slot in self.tensors}
+        self.takers = {slot: partial(self.take, slot) for slot in self.tensors}
         self.problems: list[str] = []
 
-    def rows(self, binding: Binding, rank: Rank) -> Iterator[tuple[Key, Tensor]]:
+    def put(self, binding: Binding, rank: Rank, into: dict[Key, Tensor]) -> None:
         """A stored tensor in every slot that its atoms have."""
-        for slot in self.slots:
+        for slot, take in self.takers.items():
             try:
-                whole = put_together(binding.expr, binding.env, partial(self.take, slot))
+                whole = put_together(binding.expr, binding.env, take)
             except KeyError:
                 self.note_absent(binding, slot, rank)
                 continue
@@ -58,16 +62,15 @@ class _Export:
                     f"{binding.stored} on {rank} cannot be put together: {error}; unlike dtypes need --dtype"
                 )
                 continue
-            yield Key(binding.stored, slot), whole if binding.box is None else whole.narrow(0, *binding.box)
+            into[Key(binding.stored, slot)] = whole if binding.box is None else whole.narrow(0, *binding.box)
 
     def take(self, slot: str, name: str) -> Tensor:
-        key = Key(name, slot)
-        tensor = self.tensors[key]
-        self.used.add(key)
+        tensor = self.tensors[slot][name]
+        self.used[slot].add(name)
         return tensor
 
     def note_absent(self, binding: Binding, slot: str, rank: Rank) -> None:
         """A parameter must be there; another slot may be absent, but then from all operands."""
-        absent = [name for name in binding.atoms if Key(name, slot) not in self.tensors]
+        absent = [name for name in binding.atoms if name not in self.tensors[slot]]
         if slot == "param" or len(absent) < len(binding.atoms):
             self.problems += [f"missing: {Key(name, slot)}, needed for {binding.stored} on {rank}" for name in absent]

@@ -14,6 +14,7 @@ from ckptconv.tensor import Shape
 
 VARIABLE = re.compile(r"\{(\w+)\}")
 INDEX = re.compile(r"\.\d+(?=\.|$)")
+Indices = dict[str, str]  # hole of a template -> what stands there
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +59,26 @@ class Vocabulary:
     def _names(self, template: str, config: ModelConfig) -> Iterator[str]:
         """The template with every index that it leaves open."""
         names = VARIABLE.findall(template)
-        for values in itertools.product(*(range(self.count(v, config)) for v in names)):
-            yield template.format(**dict(zip(names, values, strict=True)))
+        holes = [hole(name) for name in names]
+        for values in itertools.product(*(map(str, range(self.count(v, config))) for v in names)):
+            yield filled(template, dict(zip(holes, values, strict=True)))
 
     def atom_of(self, name: str) -> Atom | None:
         """The atom a concrete name belongs to."""
         first, _, rest = name.partition(".")
         return self._unnumbered.get(INDEX.sub(".#", rest if first in TOWERS else name))
+
+
+def hole(variable: str) -> str:
+    """How an index variable stands in a template."""
+    return f"{{{variable}}}"
+
+
+def filled(template: str, indices: Indices) -> str:
+    """A template with these holes filled."""
+    for name, index in indices.items():
+        template = template.replace(name, index)
+    return template
 
 
 def parse_vocabulary(raw: dict[str, object], where: str) -> Vocabulary:

@@ -6,8 +6,9 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from reprlib import repr as short_repr
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from ckptconv.containers.ranges import HeaderReader, Place, locate
 from ckptconv.dtypes import BY_SAFETENSORS, DType
@@ -37,17 +38,11 @@ class SafetensorsFile:
     metadata: dict[str, str]
 
 
-class _Entry(NamedTuple):
-    """One header entry, checked by itself: its byte range is still to be held against its neighbours'."""
-
-    begin: int
-    end: int
-    name: str
-    dtype: DType
-    shape: Shape
+_Entry = tuple[int, int, str, DType, Shape]  # begin and end in the body, name, what is there
 
 
 def _entry(name: str, info: object) -> _Entry:
+    """One header entry, checked by itself: its byte range is still to be held against its neighbours'."""
     if not isinstance(info, dict) or info.keys() != _FIELDS:
         raise ValueError("an entry has exactly dtype, shape and data_offsets")
     dtype, shape = _dtype(info["dtype"]), _naturals(info["shape"])
@@ -62,7 +57,7 @@ def _entry(name: str, info: object) -> _Entry:
         raise ValueError(
             f"{dtype.safetensors} {list(shape)} takes {expected} bytes, data_offsets {begin}..{end} give {end - begin}"
         )
-    return _Entry(begin, end, name, dtype, shape)
+    return begin, end, name, dtype, shape
 
 
 def read(path: Place, where: str = "") -> SafetensorsFile:
@@ -86,7 +81,9 @@ def read(path: Place, where: str = "") -> SafetensorsFile:
     entries.sort()
     body = source.inside(8 + length, source.nbytes - 8 - length)
     _check_tiling(entries, body.nbytes, where)
-    tensors = {e.name: contiguous(body.inside(e.begin, e.end - e.begin), e.shape, e.dtype) for e in entries}
+    tensors = {
+        name: contiguous(body.inside(begin, end - begin), shape, dtype) for begin, end, name, dtype, shape in entries
+    }
     return SafetensorsFile(tensors, metadata)
 
 
@@ -95,14 +92,14 @@ def layout(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     if METADATA in tensors:
         raise FormatError(path, f"a tensor cannot be called {METADATA}")
     ordered = sorted(tensors.items(), key=lambda kv: (-_RANK[kv[1].dtype.safetensors], kv[0]))
-    header: dict[str, object] = {METADATA: dict(metadata)} if metadata else {}
+    rows = [f"{_quoted(METADATA)}:{_compact(dict(metadata))}"] if metadata else []
     at, begins = 0, []
     for name, tensor in ordered:
         end = at + tensor.nbytes
-        header[name] = {"dtype": tensor.dtype.safetensors, "shape": list(tensor.shape), "data_offsets": [at, end]}
+        rows.append(f'{_quoted(name)}:{{{_kind(tensor.dtype, tensor.shape)},"data_offsets":[{at},{end}]}}')
         begins.append(at)
         at = end
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text = f"{{{','.join(rows)}}}".encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise FormatError(
@@ -114,15 +111,44 @@ def layout(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     return File(path, start + at, tuple(segments))
 
 
+_quoted = json.encoder.encode_basestring
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+@lru_cache
+def _kind(dtype: DType, shape: Shape) -> str:
+    """What entries of many tensors have in common."""
+    return f'"dtype":{_compact(dtype.safetensors)},"shape":{_compact(shape)}'
+
+
 def _parse(text: bytes, where: str) -> dict[str, object]:
     if not text.startswith(b"{"):
         raise FormatError(where, "the header does not begin with '{'")
     try:
-        header = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        decoded = text.decode()
+        header = json.loads(decoded, parse_constant=_no_constant)
+        if _may_repeat(text, header):
+            json.loads(decoded, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise FormatError(where, f"the header is not valid: {error}") from None
     assert isinstance(header, dict)  # it begins with '{'
     return header
+
+
+def _may_repeat(text: bytes, header: dict[str, object]) -> bool:
+    """Whether a key could be there twice; a look at every object takes longer than to parse them.
+
+    In a header without white space behind a quote every key is followed by `":`, and strings can only add to these: where
+    there are no more than the keys of sound entries, three each, all keys are there once.
+    """
+    if any(spaced in text for spaced in (b'" ', b'"\t', b'"\n', b'"\r')):
+        return True
+    metadata = header.get(METADATA)
+    within = len(metadata) - 3 if isinstance(metadata, dict) else 0
+    return text.count(b'":') != 4 * len(header) + within
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -166,11 +192,11 @@ def _naturals(value: object) -> tuple[int, ...]:
 def _check_tiling(entries: list[_Entry], nbytes: int, where: str) -> None:
     """Tensors follow each other without hole or overlap and end with the file."""
     at = 0
-    for entry in entries:
-        if entry.begin != at:
-            kind = "overlaps the tensor before it" if entry.begin < at else "leaves a hole before it"
-            raise FormatError(f"{where}!{entry.name}", f"begins at {entry.begin} and {kind}, which ends at {at}")
-        at = entry.end
+    for begin, end, name, *_ in entries:
+        if begin != at:
+            kind = "overlaps the tensor before it" if begin < at else "leaves a hole before it"
+            raise FormatError(f"{where}!{name}", f"begins at {begin} and {kind}, which ends at {at}")
+        at = end
     if at != nbytes:
         what = "truncated" if at > nbytes else "bytes that belong to no tensor"
         raise FormatError(where, f"tensors take {at} bytes, the file has {nbytes} for them: {what}")

@@ -22,14 +22,15 @@ def split(tensors: Dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
     current: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors.items():
-        if tensor.nbytes > limit:
+        nbytes = tensor.nbytes
+        if nbytes > limit:
             shards.append({name: tensor})
             continue
-        if size + tensor.nbytes > limit:
+        if size + nbytes > limit:
             shards.append(current)
             current, size = {}, 0
         current[name] = tensor
-        size += tensor.nbytes
+        size += nbytes
     return shards + ([current] if current else [])
 
 

@@ -94,6 +94,8 @@ CASES = {
 }
 
 
+LOADERS = {"small": "hf", "torch_dist": "mcore-dist"}
+
 # Sources that are made of the large one.
 MADE: dict[str, dict[str, Any]] = {
     "mcore": {"saver": "mcore", "tp": 2, "pp": 2},
@@ -224,7 +226,8 @@ def child(name: str, source: str, dst: str, memory: str) -> None:
     """Plan and execute, timed without the interpreter's start."""
     started = time.perf_counter()
     case = CASES[name]
-    job = Job(Path(source), saver=case.saver, layout=layout_from(case.layout), dtype=case.dtype, **(case.wishes or {}))
+    loader = LOADERS.get(case.source, case.source)
+    job = Job(Path(source), loader=loader, saver=case.saver, layout=layout_from(case.layout), dtype=case.dtype, **(case.wishes or {}))
     report = execute(prepare(job).plan, Path(dst), ExecuteOptions(memory=int(memory)))
     sys.stdout.write(json.dumps([time.perf_counter() - started, report.peak_memory]))
 

@@ -136,7 +136,12 @@ class _Gathered:
                 self.add_atoms(binding, key, whole, "all ranks")
 
     def join(self, key: Key, pieces: _Pieces) -> Tensor | None:
-        if len(pieces.parts) > 1 and len(dtypes := {t.dtype for t, _ in pieces.parts.values()}) > 1:
+        if len(pieces.parts) == 1:
+            ((alone, _),) = pieces.parts.values()
+            if alone.shape == pieces.shape:
+                return alone
+        dtypes = {t.dtype for t, _ in pieces.parts.values()}
+        if len(dtypes) > 1:
             self.misshaped.append(f"{key} is stored as {' and '.join(sorted(map(str, dtypes)))} on different ranks")
             return None
         try:

@@ -27,7 +27,7 @@ def contiguous(source: Source, shape: Iterable[int], dtype: DType) -> Tensor:
     shape = tuple(shape)
     if math.prod(shape) * dtype.itemsize != source.nbytes:
         raise ValueError(f"{source.nbytes} bytes are not a {dtype} tensor of shape {shape}")
-    return Fill(shape, dtype) if 0 in shape else View(source, 0, shape, row_major(shape, dtype.itemsize), dtype)
+    return View(source, 0, shape, row_major(shape, dtype.itemsize), dtype) if source.nbytes else Fill(shape, dtype)
 
 
 def full(shape: Iterable[int], dtype: DType, value: float) -> Tensor:

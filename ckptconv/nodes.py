@@ -31,7 +31,7 @@ class Node(Tensor):
         return Fold(self, axis)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(unsafe_hash=True, slots=True)  # frozen ones take four times as long to make
 class View(Node):
     """A strided window on a byte range: `offset` and `strides` in bytes; an axis of size 1 has stride 0."""
 
@@ -42,34 +42,34 @@ class View(Node):
     dtype: DType
 
     def _narrow(self, axis: int, lo: int, hi: int) -> Tensor:
-        stride = self.strides[axis]
-        return replace(
-            self,
-            offset=self.offset + lo * stride,
-            shape=sized(self.shape, axis, hi - lo),
-            strides=sized(self.strides, axis, 0 if hi - lo == 1 else stride),
-        )
+        stride, n = self.strides[axis], hi - lo
+        strides = sized(self.strides, axis, 0 if n == 1 else stride)
+        return View(self.source, self.offset + lo * stride, sized(self.shape, axis, n), strides, self.dtype)
 
     def _permute(self, order: Shape) -> Tensor:
-        return replace(self, shape=tuple(self.shape[i] for i in order), strides=tuple(self.strides[i] for i in order))
+        return self._seen(tuple(self.shape[i] for i in order), tuple(self.strides[i] for i in order))
 
     def _unfold(self, axis: int, n: int, m: int) -> Tensor:
         stride = self.strides[axis]
-        return replace(self, shape=two(self.shape, axis, n, m), strides=two(self.strides, axis, stride * m, stride))
+        return self._seen(two(self.shape, axis, n, m), two(self.strides, axis, stride * m, stride))
 
     def _fold(self, axis: int) -> Tensor:
         if self.strides[axis] != self.shape[axis + 1] * self.strides[axis + 1]:
             return Fold(self, axis)
-        return replace(self, shape=merged(self.shape, axis), strides=dropped(self.strides, axis))
+        return self._seen(merged(self.shape, axis), dropped(self.strides, axis))
 
     def unsqueeze(self, axis: int) -> Tensor:
-        return replace(self, shape=inserted(self.shape, axis, 1), strides=inserted(self.strides, axis, 0))
+        return self._seen(inserted(self.shape, axis, 1), inserted(self.strides, axis, 0))
 
     def _squeeze(self, axis: int) -> Tensor:
-        return replace(self, shape=dropped(self.shape, axis), strides=dropped(self.strides, axis))
+        return self._seen(dropped(self.shape, axis), dropped(self.strides, axis))
 
     def _expand(self, axis: int, n: int) -> Tensor:
-        return replace(self, shape=sized(self.shape, axis, n))
+        return self._seen(sized(self.shape, axis, n), self.strides)
+
+    def _seen(self, shape: Shape, strides: Shape) -> View:
+        """The same bytes, seen so."""
+        return View(self.source, self.offset, shape, strides, self.dtype)
 
     def _lower(self, out: int, out_strides: Shape, out_item: int, fns: tuple[ValueFn, ...]) -> list[Move]:
         at = self.source.offset + self.offset
@@ -353,7 +353,7 @@ def _join_views(a: View, b: View, axis: int) -> Tensor | None:
     same = all(x == y for i, (x, y) in enumerate(zip(a.strides, b.strides, strict=True)) if i != axis)
     if not same or stride <= 0 or b.offset != a.offset + n * stride or (k > 1 and b.strides[axis] != stride):
         return None
-    return replace(a, shape=sized(a.shape, axis, n + k), strides=sized(a.strides, axis, stride))
+    return View(a.source, a.offset, sized(a.shape, axis, n + k), sized(a.strides, axis, stride), a.dtype)
 
 
 def _join_concats(a: Concat, b: Concat, axis: int) -> Tensor | None:

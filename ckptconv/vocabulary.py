@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -56,12 +55,13 @@ class Vocabulary:
             for name, atom in self.expected(its):
                 yield f"{tower}.{name}", atom
 
-    def _names(self, template: str, config: ModelConfig) -> Iterator[str]:
+    def _names(self, template: str, config: ModelConfig) -> list[str]:
         """The template with every index that it leaves open."""
-        names = VARIABLE.findall(template)
-        holes = [hole(name) for name in names]
-        for values in itertools.product(*(map(str, range(self.count(v, config))) for v in names)):
-            yield filled(template, dict(zip(holes, values, strict=True)))
+        names = [template]
+        for variable in VARIABLE.findall(template):
+            indices = list(map(str, range(self.count(variable, config))))
+            names = [name.replace(hole(variable), index) for name in names for index in indices]
+        return names
 
     def atom_of(self, name: str) -> Atom | None:
         """The atom a concrete name belongs to."""

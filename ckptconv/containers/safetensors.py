@@ -43,16 +43,15 @@ _Entry = tuple[int, int, str, DType, Shape]  # begin and end in the body, name, 
 
 def _entry(name: str, info: object) -> _Entry:
     """One header entry, checked by itself: its byte range is still to be held against its neighbours'."""
-    if not isinstance(info, dict) or info.keys() != _FIELDS:
+    if not isinstance(info, dict) or len(info) != 3 or not _FIELDS.issubset(info):
         raise ValueError("an entry has exactly dtype, shape and data_offsets")
-    dtype, shape = _dtype(info["dtype"]), _naturals(info["shape"])
-    offsets = _naturals(info["data_offsets"])
+    code, shape, offsets = info["dtype"], _naturals(info["shape"]), _naturals(info["data_offsets"])
+    if not isinstance(code, str):
+        raise ValueError(f"dtype {short_repr(code)} is not a name")
     if len(offsets) != 2:
         raise ValueError("data_offsets are not two numbers")
+    dtype, expected = _extent(code, shape)
     begin, end = offsets
-    expected = math.prod(shape) * dtype.itemsize
-    if expected > MAX_NBYTES or (0 in shape and max(shape) > MAX_NBYTES):
-        raise ValueError(f"shape {list(shape)} overflows")
     if end - begin != expected:
         raise ValueError(
             f"{dtype.safetensors} {list(shape)} takes {expected} bytes, data_offsets {begin}..{end} give {end - begin}"
@@ -82,7 +81,8 @@ def read(path: Place, where: str = "") -> SafetensorsFile:
     body = source.inside(8 + length, source.nbytes - 8 - length)
     _check_tiling(entries, body.nbytes, where)
     tensors = {
-        name: contiguous(body.inside(begin, end - begin), shape, dtype) for begin, end, name, dtype, shape in entries
+        name: contiguous(body.inside(begin, end - begin), shape, dtype)
+        for begin, end, name, dtype, shape in entries
     }
     return SafetensorsFile(tensors, metadata)
 
@@ -141,10 +141,10 @@ def _parse(text: bytes, where: str) -> dict[str, object]:
 def _may_repeat(text: bytes, header: dict[str, object]) -> bool:
     """Whether a key could be there twice; a look at every object takes longer than to parse them.
 
-    In a header without white space behind a quote every key is followed by `":`, and strings can only add to these: where
-    there are no more than the keys of sound entries, three each, all keys are there once.
+    In a header without white space every key is followed by `":`, and strings can only add to these: where there are no
+    more than the keys of sound entries, three each, all keys are there once.
     """
-    if any(spaced in text for spaced in (b'" ', b'"\t', b'"\n', b'"\r')):
+    if any(space in text.rstrip() for space in b" \t\n\r"):
         return True
     metadata = header.get(METADATA)
     within = len(metadata) - 3 if isinstance(metadata, dict) else 0
@@ -170,14 +170,17 @@ def _metadata(value: object, where: str) -> dict[str, str]:
     return value
 
 
-def _dtype(code: object) -> DType:
-    if not isinstance(code, str):
-        raise ValueError(f"dtype {short_repr(code)} is not a name")
+@lru_cache
+def _extent(code: str, shape: Shape) -> tuple[DType, int]:
+    """The type a code stands for, and how many bytes such a tensor takes."""
     dtype = BY_SAFETENSORS.get(code)
     if dtype is None:
         hint = " (sub-byte, complex and unsigned-zero types are not supported)" if code in _RANK else ""
         raise ValueError(f"dtype {short_repr(code)} is unknown{hint}")
-    return dtype
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes > MAX_NBYTES or (0 in shape and max(shape) > MAX_NBYTES):
+        raise ValueError(f"shape {list(shape)} overflows")
+    return dtype, nbytes
 
 
 def _naturals(value: object) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import xxhash
@@ -12,16 +12,16 @@ import xxhash
 from ckptconv.executor.crc import crc32, crc32_combine
 from ckptconv.executor.fingerprint import MANIFEST, Fingerprint
 from ckptconv.executor.journal import Proof
-from ckptconv.executor.manifest import FileEntry, Names, TensorEntry, digest_of, relative, render
+from ckptconv.executor.manifest import Origins, digest_of, file_entry, relative, render, tensor_line
 from ckptconv.executor.outputs import Outputs, write_file
-from ckptconv.executor.units import CHUNK, PIECE, Claim, pieces
+from ckptconv.executor.units import CHECKS, CHUNK, PIECE, Claim, pieces
 from ckptconv.moves import Reader
 from ckptconv.plan import File, Late, Plan, Segment
 from ckptconv.tensor import Tensor
 from ckptconv.values import Loss
 
 Plain = bytes | bytearray
-HOLDS = 1 << 23  # bytes of lines worked out while the disk is busy; those beyond wait until they are written
+HOLDS = 1 << 23  # bytes of lines worked out while the disk is busy; the others wait until they are written
 
 
 class Completion:
@@ -30,10 +30,21 @@ class Completion:
     def __init__(self, plan: Plan, outputs: Outputs, proofs: dict[Claim, Proof]) -> None:
         self._plan, self._outputs, self._proofs = plan, outputs, proofs
         self.wrote: Callable[[int], None] = lambda _: None  # told how many bytes, for the progress
-        self._names = Names(plan.root)
+        self._origins = Origins(plan.root)
         self._rest: dict[int, str] = {}  # file -> digest of all that is no tensor
-        self._lines: dict[int, bytes] = {}  # file -> what the manifest says of it, of as many as HOLDS allows
+        self._lines: dict[tuple[int, int], str] = {}  # (file, segment) -> what the manifest says of that tensor
+        self._held = 0  # bytes of these lines
         self._waiting: list[tuple[int, int, Plain]] = []  # (file, offset, bytes) still to be written
+
+    def note(self, claims: Iterable[tuple[Claim, Proof]]) -> None:
+        """Work out what the manifest will say of tensors that are done; of as many as HOLDS allows."""
+        for (f, s, _), proof in claims:
+            if f == CHECKS or self._held >= HOLDS:
+                continue
+            segment = self._plan.files[f].segments[s]
+            if segment.nbytes <= PIECE:
+                line = self._lines[f, s] = self._line(segment, [proof.digest])
+                self._held += len(line)
 
     def prepare(self, covered: set[tuple[int, int]]) -> None:
         """Work out all that is not a tensor, but for final files; write nothing yet. Segments in `covered` went with a batch."""
@@ -64,7 +75,7 @@ class Completion:
 
     def write_manifest(self, folder: str, identity: Fingerprint, durable: bool) -> None:
         sources = {relative(path, self._plan.root): known.size for path, known in sorted(identity.sources.items())}
-        entries = (self._lines.get(f) or self._line(f) for f in range(len(self._plan.files)))
+        entries = (self._entry(f, file) for f, file in enumerate(self._plan.files))
         write_file(f"{folder}/{MANIFEST}", render(identity.about, sources, entries), durable)
 
     def losses(self) -> dict[str, Loss]:
@@ -87,18 +98,20 @@ class Completion:
             if (f, s) not in covered:
                 self._waiting.append((f, offset, data))
         self._rest[f] = rest.hexdigest()
-        if sum(map(len, self._lines.values())) < HOLDS:
-            self._lines[f] = self._line(f)
 
-    def _line(self, f: int) -> bytes:
-        file = self._plan.files[f]
-        tensors = []
-        for s, (offset, body, name) in enumerate(file.segments):
-            if isinstance(body, Tensor):
-                nbytes = body.nbytes
-                parts = [self._proofs[Claim(f, s, piece)].digest for piece, _, _ in pieces(nbytes)]
-                tensors.append(TensorEntry(name, offset, nbytes, digest_of(parts), self._names.of(body)))
-        return FileEntry(file.path, file.size, self._rest[f], tuple(tensors)).line().encode()
+    def _entry(self, f: int, file: File) -> bytes:
+        tensors = [s for s, segment in enumerate(file.segments) if isinstance(segment.body, Tensor)]
+        lines = (self._lines.get((f, s)) or self._line(file.segments[s], self._digests(f, s)) for s in tensors)
+        return file_entry(file.path, file.size, self._rest[f], lines)
+
+    def _digests(self, f: int, s: int) -> list[bytes]:
+        nbytes = self._plan.files[f].segments[s].nbytes
+        return [self._proofs[Claim(f, s, piece)].digest for piece, _, _ in pieces(nbytes)]
+
+    def _line(self, segment: Segment, digests: Sequence[bytes]) -> str:
+        offset, body, name = segment
+        assert isinstance(body, Tensor)
+        return tensor_line(name, offset, body.nbytes, digest_of(digests), self._origins.of(body))
 
     def _crcs(self, f: int, file: File) -> dict[int, int]:
         """The checksums that segments of the file wait for."""

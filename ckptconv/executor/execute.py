@@ -232,6 +232,7 @@ class _Run:
         self.outputs.sync(files)
         if claims:
             self.journal.append(claims)
+            self.completion.note(claims)
 
     def _check_equal(self) -> None:
         if self.ledger.unequal:

@@ -37,12 +37,6 @@ class TensorEntry(NamedTuple):
     digest: str
     origin: tuple[str, ...] = ()
 
-    def line(self) -> str:
-        """As it stands in the manifest."""
-        name, origin = _quoted(self.name), "[" + ", ".join(map(_quoted, self.origin)) + "]"
-        facts = f'"offset": {self.offset}, "nbytes": {self.nbytes}, "xxh3_128": "{self.digest}", "from": {origin}'
-        return f"{name}: {{{facts}}}"
-
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
@@ -50,12 +44,6 @@ class FileEntry:
     size: int
     rest: str
     tensors: tuple[TensorEntry, ...]
-
-    def line(self) -> str:
-        """As it stands in the manifest, a line for each tensor."""
-        inside = ",\n".join("   " + tensor.line() for tensor in self.tensors)
-        facts = f'{{"size": {self.size}, "rest": "{self.rest}", "tensors": {{'
-        return f"  {json.dumps(self.path)}: {facts}" + (f"\n{inside}\n  }}}}" if inside else "}}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,33 +66,45 @@ def render(about: dict[str, object], sources: dict[str, int], files: Iterable[by
     yield b"\n }\n}\n"
 
 
+def file_entry(path: str, size: int, rest: str, tensors: Iterable[str]) -> bytes:
+    """A file as it stands in the manifest; `tensors` are the lines of those in it."""
+    inside = ",\n".join(tensors)
+    facts = f'{{"size": {size}, "rest": "{rest}", "tensors": {{'
+    return (f"  {json.dumps(path)}: {facts}" + (f"\n{inside}\n  }}}}" if inside else "}}")).encode()
+
+
+def tensor_line(name: str, offset: int, nbytes: int, digest: str, origin: str) -> str:
+    """A tensor as it stands in the manifest; `origin` is what `Origins` gives."""
+    facts = f'"offset": {offset}, "nbytes": {nbytes}, "xxh3_128": "{digest}", "from": {origin}'
+    return f"   {_quoted(name)}: {{{facts}}}"
+
+
 _quoted = json.encoder.encode_basestring_ascii
 
 
-class Names:
-    """The source files of tensors, relative to `root`; each path is worked out once."""
+class Origins:
+    """The source files of tensors, relative to `root`, as a list in JSON; what many have in common is worked out once."""
 
     def __init__(self, root: str) -> None:
         self._root = root
-        self._known: dict[str, str] = {}
+        self._known: dict[tuple[str, ...], str] = {}
 
-    def of(self, tensor: Tensor) -> tuple[str, ...]:
+    def of(self, tensor: Tensor) -> str:
         """In the order of first use."""
-        return tuple(dict.fromkeys(map(self._name, _paths(tensor))))
-
-    def _name(self, path: str) -> str:
-        known = self._known.get(path)
+        paths = _paths(tensor)
+        known = self._known.get(paths)
         if known is None:
-            known = self._known[path] = relative(path, self._root)
+            known = self._known[paths] = json.dumps(list(dict.fromkeys(relative(p, self._root) for p in paths)))
         return known
 
 
-def _paths(tensor: Tensor) -> list[str]:
+def _paths(tensor: Tensor) -> tuple[str, ...]:
+    """Of its sources, each once."""
     if isinstance(tensor, View):
-        return [tensor.source.path] if tensor.source.path else []
+        return (tensor.source.path,) if tensor.source.path else ()
     if isinstance(tensor, Concat):
-        return [path for part in tensor.parts for path in _paths(part)]
-    return _paths(tensor.child) if isinstance(tensor, Map | Fold) else []
+        return tuple(dict.fromkeys(path for part in tensor.parts for path in _paths(part)))
+    return _paths(tensor.child) if isinstance(tensor, Map | Fold) else ()
 
 
 def relative(path: str, root: str) -> str:

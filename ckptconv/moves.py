@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
 from typing import NamedTuple, Self
 
@@ -172,13 +172,7 @@ class Span(NamedTuple):
 NOWHERE = Span(Origin(""), 0, 0)
 
 
-class _Run(NamedTuple):
-    """A read straight into the destination: `at` bytes into the caller's buffer."""
-
-    origin: Origin
-    offset: int
-    at: int
-    nbytes: int
+_Run = tuple[str, str, int, int, int]  # a read straight into the destination: origin, offset, place in the buffer, bytes
 
 
 class Reader:
@@ -215,15 +209,19 @@ class Reader:
 
         `window` is a span that siblings will ask for parts of: it is read whole, once, if it is needed at all.
         """
+        return self.carry_out(clipped(moves, to, to + len(out)), out, to, window)
+
+    def carry_out(self, moves: Iterable[Move], out: Bytes, to: int, window: Span | None = None) -> Loss:
+        """The same, of moves that reach nowhere else."""
         loss = NO_LOSS
         runs: list[_Run] = []
-        for move in clipped(moves, to, to + len(out)):
+        for move in moves:
             if move.source is None:
                 loss = loss.plus(self._put(move, out, 0, out, to))
             elif move.fns or not move.is_runs or (len(move.shape) > 1 and move.shape[-1] < RUN):
                 loss = loss.plus(self._gather(move, out, to, window))
             else:
-                runs += _straight_runs(move, to)
+                runs += _straight_runs(move, move.source, to)
         self._read_runs(runs, out.data)
         return loss
 
@@ -271,20 +269,17 @@ class Reader:
         runs.sort()
         k = 0
         while k < len(runs):
-            origin, start, at, n = runs[k]
+            path, coding, start, at, n = runs[k]
             buffers, end, k = [out[at : at + n]], start + n, k + 1
-            while (
-                k < len(runs)
-                and runs[k].origin == origin
-                and 0 <= runs[k].offset - end <= GAP
-                and len(buffers) < VECTORS
-            ):
-                _, offset, at, n = runs[k]
+            while k < len(runs) and len(buffers) < VECTORS:
+                other, its_coding, offset, at, n = runs[k]
+                if not 0 <= offset - end <= GAP or other != path or its_coding != coding:
+                    break
                 if offset > end:
                     buffers.append(self._junk[: offset - end])
                 buffers.append(out[at : at + n])
                 end, k = offset + n, k + 1
-            self._read(origin, buffers, start, end - start)
+            self._read(Origin(path, coding), buffers, start, end - start)
 
     def _gather(self, move: Move, out: Bytes, to: int, window: Span | None) -> Loss:
         """Covering span into scratch, then one strided copy; a span already held (by a sibling) is not read again."""
@@ -360,14 +355,13 @@ def _span(move: Move) -> Span:
     return Span(move.source.origin, move.offset, move.offset + move.span)
 
 
-def _straight_runs(move: Move, to: int) -> list[_Run]:
+def _straight_runs(move: Move, source: Source, to: int) -> list[_Run]:
     """The byte runs of a move whose last axis is one."""
-    assert move.source is not None
-    origin, at, n = move.source.origin, move.out - to, move.shape[-1]
+    path, coding, at, n = source.path, source.coding, move.out - to, move.shape[-1]
     if len(move.shape) == 1:
-        return [_Run(origin, move.offset, at, n)]
+        return [(path, coding, move.offset, at, n)]
     return [
-        _Run(origin, move.offset + _along(index, move.strides), at + _along(index, move.out_strides), n)
+        (path, coding, move.offset + _along(index, move.strides), at + _along(index, move.out_strides), n)
         for index in product(*map(range, move.shape[:-1]))
     ]
 

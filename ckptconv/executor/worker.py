@@ -189,13 +189,13 @@ class Worker:
             if isinstance(body, Tensor):
                 lowered = body.lower(at)
                 if any(move.fns for move in lowered):
-                    losses[s] = self._reader.fill(lowered, out, 0)
+                    losses[s] = self._reader.carry_out(lowered, out, 0)
                 else:
                     moves += lowered
             else:
                 data = body.template if isinstance(body, Late) else body
                 memory[at : at + len(data)] = data
-        self._reader.fill(moves, out, 0)
+        self._reader.carry_out(moves, out, 0)
         return losses
 
     def _group(self, unit: Group) -> None:
@@ -209,7 +209,7 @@ class Worker:
             window = self._window(cuts) if way.shared else None
             out = self._buffer[: hi - lo]
             for member, cut in zip(members, cuts, strict=True):
-                member.loss = member.loss.plus(self._reader.fill(cut, out, lo, window))
+                member.loss = member.loss.plus(self._reader.carry_out(cut, out, lo, window))
                 member.digest.update(out.data)
                 if member.summed:
                     member.crc = crc32(out, member.crc)

@@ -220,6 +220,8 @@ class Reader:
                 loss = loss.plus(self._put(move, out, 0, out, to))
             elif move.fns or not move.is_runs or (len(move.shape) > 1 and move.shape[-1] < RUN):
                 loss = loss.plus(self._gather(move, out, to, window))
+            elif len(move.shape) == 1:  # most: a call for each would take longer than to look
+                runs.append((move.source.path, move.source.coding, move.offset, move.out - to, move.shape[0]))
             else:
                 runs += _straight_runs(move, move.source, to)
         self._read_runs(runs, out.data)
@@ -356,10 +358,8 @@ def _span(move: Move) -> Span:
 
 
 def _straight_runs(move: Move, source: Source, to: int) -> list[_Run]:
-    """The byte runs of a move whose last axis is one."""
+    """The byte runs of a move of several axes, the last one a run."""
     path, coding, at, n = source.path, source.coding, move.out - to, move.shape[-1]
-    if len(move.shape) == 1:
-        return [(path, coding, move.offset, at, n)]
     return [
         (path, coding, move.offset + _along(index, move.strides), at + _along(index, move.out_strides), n)
         for index in product(*map(range, move.shape[:-1]))

@@ -59,12 +59,15 @@ class _Numbers:
     def of(self, source: Source) -> int:
         """Of a coded file it is not known here how long it must be; what is generated has no file."""
         path, offset, nbytes, coding = source
-        if not path:
-            return -1
-        end = 0 if coding else offset + nbytes
-        if end >= self.ends.get(path, 0):
-            self.ends[path] = end
-        return self._numbers.setdefault(path, len(self._numbers))
+        number = self._numbers.get(path)
+        if number is None:
+            if not path:
+                return -1
+            number = self._numbers[path] = len(self._numbers)
+            self.ends[path] = 0
+        if not coding and offset + nbytes > self.ends[path]:
+            self.ends[path] = offset + nbytes
+        return number
 
     def checked(self, path: str) -> Identity:
         """The file's identity; an error if it is shorter than what will be read of it."""
@@ -162,17 +165,14 @@ def _validate_file(file: File) -> None:
     """Segments must tile it; names within it must differ; checksums must be of segments that have their bytes first."""
     at = 0
     names: set[str] = set()
-    for segment in file.segments:
-        if segment.offset != at:
-            raise PlanError(
-                f"{file.path}: a segment begins at byte {segment.offset}, expected {at}: a gap or an overlap"
-            )
-        at += segment.nbytes
-        body = segment.body
+    for offset, body, name in file.segments:
+        if offset != at:
+            raise PlanError(f"{file.path}: a segment begins at byte {offset}, expected {at}: a gap or an overlap")
+        at += len(body) if isinstance(body, bytes) else body.nbytes
         if isinstance(body, Tensor):
-            if segment.name in names:
-                raise PlanError(f"{file.path}: two tensors are called {segment.name!r}")
-            names.add(segment.name)
+            if name in names:
+                raise PlanError(f"{file.path}: two tensors are called {name!r}")
+            names.add(name)
         elif isinstance(body, Late):
             for position, index in body.crcs:
                 of = file.segments[index].body if 0 <= index < len(file.segments) else body

@@ -15,7 +15,12 @@ def position(name: str) -> tuple[int, int, int, int]:
     layer = LAYER.search(name)
     if layer is None:
         return (0 if name.startswith("embedding.") else 2), 0, 0, 0
-    rest = name[layer.end() :]
-    module = next((i for i, part in enumerate(_LAYER_ORDER) if rest.startswith(part)), len(_LAYER_ORDER))
-    expert = _EXPERT.search(name)
+    module, expert = _module(name[layer.end() :]), _EXPERT.search(name)
     return 1, int(layer[1]), module, int(expert[1]) if expert else 0
+
+
+def _module(name: str) -> int:
+    for i, start in enumerate(_LAYER_ORDER):
+        if name.startswith(start):
+            return i
+    return len(_LAYER_ORDER)

@@ -227,7 +227,14 @@ def child(name: str, source: str, dst: str, memory: str) -> None:
     started = time.perf_counter()
     case = CASES[name]
     loader = LOADERS.get(case.source, case.source)
-    job = Job(Path(source), loader=loader, saver=case.saver, layout=layout_from(case.layout), dtype=case.dtype, **(case.wishes or {}))
+    job = Job(
+        Path(source),
+        loader=loader,
+        saver=case.saver,
+        layout=layout_from(case.layout),
+        dtype=case.dtype,
+        **(case.wishes or {}),
+    )
     report = execute(prepare(job).plan, Path(dst), ExecuteOptions(memory=int(memory)))
     sys.stdout.write(json.dumps([time.perf_counter() - started, report.peak_memory]))
 

@@ -172,7 +172,9 @@ class Span(NamedTuple):
 NOWHERE = Span(Origin(""), 0, 0)
 
 
-_Run = tuple[str, str, int, int, int]  # a read straight into the destination: origin, offset, place in the buffer, bytes
+_Run = tuple[
+    str, str, int, int, int
+]  # a read straight into the destination: origin, offset, place in the buffer, bytes
 
 
 class Reader:
@@ -269,7 +271,7 @@ class Reader:
     def _read_runs(self, runs: list[_Run], out: memoryview) -> None:
         """Runs in file order; neighbours become one read."""
         runs.sort()
-        k = 0
+        k, origin = 0, NOWHERE.origin
         while k < len(runs):
             path, coding, start, at, n = runs[k]
             buffers, end, k = [out[at : at + n]], start + n, k + 1
@@ -281,7 +283,9 @@ class Reader:
                     buffers.append(self._junk[: offset - end])
                 buffers.append(out[at : at + n])
                 end, k = offset + n, k + 1
-            self._read(Origin(path, coding), buffers, start, end - start)
+            if (path, coding) != origin:
+                origin = Origin(path, coding)
+            self._read(origin, buffers, start, end - start)
 
     def _gather(self, move: Move, out: Bytes, to: int, window: Span | None) -> Loss:
         """Covering span into scratch, then one strided copy; a span already held (by a sibling) is not read again."""

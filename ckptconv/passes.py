@@ -5,7 +5,6 @@ Only the mean of rows, where one is asked for, reads bytes.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -160,8 +159,10 @@ def _with_rows(checkpoint: Checkpoint, rows: int, row_of: RowOf, mapping: Mappin
 
 def refuse_whole_numbers(checkpoint: Checkpoint) -> None:
     """Weights that are no floating point numbers are quantised: what they mean is not in their bytes."""
-    found = [f"{key} is {tensor.dtype}" for key, tensor in checkpoint.tensors.items() if not tensor.dtype.is_float]
-    if found:
+    dtypes = {tensor.dtype for tensor in checkpoint.tensors.values()}
+    if not all(dtype.is_float for dtype in dtypes):
+        tensors = checkpoint.tensors.items()
+        found = [f"{key} is {tensor.dtype}" for key, tensor in tensors if not tensor.dtype.is_float]
         raise CoverageError(
             "quantised weights cannot be converted:",
             found,
@@ -180,9 +181,8 @@ def with_vocabulary(checkpoint: Checkpoint, vocab: int | None) -> Checkpoint:
 
 def mean_dtype(checkpoint: Checkpoint) -> DType | None:
     """The dtype most parameters are stored in, by bytes."""
-    total = Counter[DType]()
-    for (_, slot), tensor in checkpoint.tensors.items():
-        if slot == "param":
-            total[tensor.dtype] += tensor.nbytes
-    floats = [dtype for dtype in total if dtype.is_float]
-    return max(floats, key=lambda dtype: total[dtype]) if floats else None
+    tensors = [tensor for (_, slot), tensor in checkpoint.tensors.items() if slot == "param"]
+    floats = [dtype for dtype in dict.fromkeys(tensor.dtype for tensor in tensors) if dtype.is_float]
+    if len(floats) < 2:
+        return floats[0] if floats else None
+    return max(floats, key=lambda dtype: sum(tensor.nbytes for tensor in tensors if tensor.dtype == dtype))

@@ -160,7 +160,10 @@ class Pickler:
             self.out.append(_MARK)
             for name, item in pairs:
                 at = f"{path}/{name}" if path else str(name)
-                self.save(name, at)
+                if type(name) is str:  # most: they need no looking up by id
+                    self._str(name, at)
+                else:
+                    self.save(name, at)
                 self.save(item, at)
             self.out.append(b"u")
 

@@ -81,8 +81,7 @@ def read(path: Place, where: str = "") -> SafetensorsFile:
     body = source.inside(8 + length, source.nbytes - 8 - length)
     _check_tiling(entries, body.nbytes, where)
     tensors = {
-        name: contiguous(body.inside(begin, end - begin), shape, dtype)
-        for begin, end, name, dtype, shape in entries
+        name: contiguous(body.inside(begin, end - begin), shape, dtype) for begin, end, name, dtype, shape in entries
     }
     return SafetensorsFile(tensors, metadata)
 

@@ -36,6 +36,9 @@ def layout(path: str, obj: object, *, names: Mapping[str, str] | None = None, al
     return archive.file(path)
 
 
+_PADDING = [struct.pack("<2sH", b"FB", n) + b"Z" * n for n in range(ALIGNMENT)]
+
+
 class _Layout:
     """Records one after another: plain bytes are gathered until a tensor comes between, whose CRC is not known."""
 
@@ -95,7 +98,7 @@ class _Layout:
         wide, far = size >= MAX32, self.at >= MAX32
         extra = struct.pack("<2H2Q", 1, 16, size, size) if wide else b""
         pad = -(self.at + LOCAL.size + len(raw) + len(extra) + 4) % ALIGNMENT
-        extra += struct.pack("<2sH", b"FB", pad) + b"Z" * pad
+        extra += _PADDING[pad]
         short, version = min(size, MAX32), 45 if wide or far else 20
         local = LOCAL.pack(b"PK\3\4", version, UTF8, 0, 0, DATE, crc, short, short, len(raw), len(extra))
         long = ((size, size) if wide else ()) + ((self.at,) if far else ())

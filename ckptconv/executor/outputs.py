@@ -44,17 +44,17 @@ class Outputs:
             raise
 
     def write_at(self, number: int, data: memoryview, offset: int) -> None:
+        entry = self._take(number)
+        left = data
         try:
-            with self._use(number) as fd:
-                left = data
-                while left:
-                    n = os.pwrite(fd, left, offset)
-                    left, offset = left[n:], offset + n
+            while left:
+                n = os.pwrite(entry[0], left, offset)
+                left, offset = left[n:], offset + n
         except OSError as error:
             error.filename = self.path(number)
             raise
-        with self._lock:
-            self.written += len(data)
+        finally:
+            self._give(entry, len(data) - len(left))
 
     def sync(self, numbers: Collection[int]) -> None:
         """Make what was written to these files durable."""
@@ -79,6 +79,13 @@ class Outputs:
     @contextmanager
     def _use(self, number: int) -> Iterator[int]:
         """The file's descriptor, safe from being closed for another file's sake meanwhile."""
+        entry = self._take(number)
+        try:
+            yield entry[0]
+        finally:
+            self._give(entry)
+
+    def _take(self, number: int) -> list[int]:
         with self._lock:
             entry = self._open.get(number)
             if entry is None:
@@ -87,11 +94,12 @@ class Outputs:
             else:
                 self._open.move_to_end(number)
             entry[1] += 1
-        try:
-            yield entry[0]
-        finally:
-            with self._lock:
-                entry[1] -= 1
+            return entry
+
+    def _give(self, entry: list[int], written: int = 0) -> None:
+        with self._lock:
+            entry[1] -= 1
+            self.written += written
 
     def _evict(self) -> None:
         if len(self._open) <= OPEN_OUTPUTS:

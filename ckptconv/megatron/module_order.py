@@ -15,7 +15,8 @@ def position(name: str) -> tuple[int, int, int, int]:
     layer = LAYER.search(name)
     if layer is None:
         return (0 if name.startswith("embedding.") else 2), 0, 0, 0
-    module, expert = _module(name[layer.end() :]), _EXPERT.search(name)
+    rest = name[layer.end() :]
+    module, expert = _module(rest), _EXPERT.search(rest) if "local_experts" in rest else None
     return 1, int(layer[1]), module, int(expert[1]) if expert else 0
 
 

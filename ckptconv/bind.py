@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from ckptconv.config import ModelConfig, units
 from ckptconv.errors import MappingError, TopologyError
@@ -57,7 +56,8 @@ class Node:
         return [(arg, env) for arg in self.args]
 
 
-class Binding(NamedTuple):
+@dataclass(slots=True)
+class Binding:
     """One row of the table. `box`: the rows of the assembled tensor this rank holds, where a dialect cuts after assembling."""
 
     stored: str

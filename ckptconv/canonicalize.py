@@ -6,9 +6,8 @@ import difflib
 from collections import defaultdict
 from collections.abc import Mapping as Dict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import NamedTuple
 
 from ckptconv.assemble import assemble
 from ckptconv.bind import Binding, bind, take_apart
@@ -44,7 +43,8 @@ def canonicalize(stored: Stored, drop: Sequence[str] = ()) -> Checkpoint:
     return Checkpoint(stored.config, tensors, origin, extras, (*stored.replicas, *gathered.replicas), dropped)
 
 
-class _Pieces(NamedTuple):
+@dataclass(slots=True)
+class _Pieces:
     """The pieces of one atom (or assembled tensor) so far, by offset, and where the first of each was found."""
 
     shape: Shape

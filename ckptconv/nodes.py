@@ -325,7 +325,7 @@ def concat(parts: Sequence[Tensor], axis: int) -> Tensor:
 def _check_alike(a: Tensor, b: Tensor, axis: int) -> None:
     if a.dtype != b.dtype:
         raise ValueError(f"concat of {a.dtype} and {b.dtype}: only a cast may change a dtype")
-    if dropped(a.shape, axis) != dropped(b.shape, axis):
+    if a.shape != b.shape and dropped(a.shape, axis) != dropped(b.shape, axis):
         raise ValueError(f"concat of shapes {a.shape} and {b.shape} along axis {axis}")
 
 

@@ -8,7 +8,7 @@ that must be equal.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from ckptconv.moves import Move
@@ -63,7 +63,7 @@ Unit = Batch | Group | Compare
 Siblings = dict[tuple[int, int], list[tuple[int, int]]]
 
 
-def units(plan: Plan, done: Container[Claim] = frozenset()) -> list[Unit]:
+def units(plan: Plan, done: Collection[Claim] = frozenset()) -> list[Unit]:
     """What is left to do, in the order in which sources are best read; final files and bytes in no tensor are left out."""
     work: list[Unit] = []
     siblings: Siblings = {}
@@ -110,10 +110,10 @@ def _runs(file: File) -> Iterator[range]:
     first = 0
     tied = False  # the run ends in a header whose record comes now
     for s, segment in enumerate(file.segments):
-        header = header_of(segment, s)
+        late = isinstance(segment.body, Late)
+        header = late and header_of(segment, s)
         last = s + 1 if header else s
-        late = isinstance(segment.body, Late) and not header
-        if late or edges[last + 1] - edges[last] > SMALL or edges[s + 1] - edges[s] > SMALL:
+        if (late and not header) or edges[last + 1] - edges[last] > SMALL or edges[s + 1] - edges[s] > SMALL:
             if first < s:
                 yield range(first, s)
             yield range(s, s + 1)
@@ -127,10 +127,10 @@ def _runs(file: File) -> Iterator[range]:
         yield range(first, len(file.segments))
 
 
-def _batch(f: int, file: File, run: range, done: Container[Claim]) -> Iterator[Batch]:
+def _batch(f: int, file: File, run: range, done: Collection[Claim]) -> Iterator[Batch]:
     """One batch, if a tensor in it is not done; what holds no tensor is written when the file is finished."""
     tensors = [s for s in run if isinstance(file.segments[s].body, Tensor)]
-    if any(Claim(f, s, 0) not in done for s in tensors):
+    if tensors and (not done or any(Claim(f, s, 0) not in done for s in tensors)):
         body = file.segments[tensors[0]].body
         assert isinstance(body, Tensor)
         last = file.segments[run[-1]]
@@ -138,7 +138,7 @@ def _batch(f: int, file: File, run: range, done: Container[Claim]) -> Iterator[B
 
 
 def _groups(
-    members: tuple[tuple[int, int], ...], nbytes: int, start: tuple[str, int], done: Container[Claim]
+    members: tuple[tuple[int, int], ...], nbytes: int, start: tuple[str, int], done: Collection[Claim]
 ) -> Iterator[Group]:
     for piece, lo, hi in pieces(nbytes):
         left = tuple(m for m in members if Claim(*m, piece) not in done)

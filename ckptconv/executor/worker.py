@@ -19,7 +19,7 @@ from ckptconv.plan import Check, Late, Plan, Segment
 from ckptconv.tensor import Tensor
 from ckptconv.values import NO_LOSS, Loss
 
-BARRIER = 128 << 20  # bytes written between two journal entries; what a crash may cost
+BARRIER = 64 << 20  # bytes written between two journal entries; what a crash may cost
 SIBLING_STEP = 256 << 10  # of each sibling: shorter ones stay in the cache, but cost more than that gains
 START = 1 << 20  # bytes of scratch and of buffer that every worker has
 _PAGE = 4096

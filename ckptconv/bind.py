@@ -56,7 +56,7 @@ class Node:
         return [(arg, env) for arg in self.args]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True)  # frozen ones take four times as long to make, and there is one for each stored tensor
 class Binding:
     """One row of the table. `box`: the rows of the assembled tensor this rank holds, where a dialect cuts after assembling."""
 
@@ -111,7 +111,7 @@ def bind(
 ) -> Iterator[Binding]:
     """The table of one rank: rows that share an index variable run index by index, as a module tree does.
 
-    `sample`: of the rows that one rule has in a layer, the first.
+    `sample`: of the rows that one rule has at an index of its first variable, the first.
     """
     if not (mapping.cut or mapping.deal) and topology.pp * topology.vpp * topology.processes_per_stage > 1:
         degrees = ", ".join(f"{name} {topology.degree(name)}" for name in ("tp", "pp", "vpp", "ep", "etp"))

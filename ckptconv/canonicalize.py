@@ -56,7 +56,7 @@ class _Gathered:
 
     def __init__(self, stored: Stored, drop: tuple[str, ...]) -> None:
         self.stored, self.drop = stored, drop
-        self.atoms: dict[str, dict[str, _Pieces]] = defaultdict(dict)  # by slot
+        self.atoms: dict[str, dict[str, _Pieces]] = defaultdict(dict)  # slot -> name: no Key is made for a look-up
         self.assembled: dict[tuple[Key, ...], tuple[Binding, Key, _Pieces]] = {}
         self.replicas: list[Replica] = []
         self.dropped: list[str] = []
@@ -93,12 +93,12 @@ class _Gathered:
             self.unexpected[name].append(where)
 
     def is_dropped(self, name: str) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in self.drop)
+        return bool(self.drop) and any(fnmatchcase(name, pattern) for pattern in self.drop)
 
     def add(self, binding: Binding, key: Key, tensor: Tensor, where: str) -> None:
         if tensor.shape != binding.shape:
             self.misshaped.append(f"{where}: {key} has shape {tensor.shape}, expected {binding.shape}")
-        elif self.drop and self.is_dropped(key.name):
+        elif self.is_dropped(key.name):
             self.dropped.append(key.name)
         elif binding.box is not None:
             atoms = tuple(Key(a, key.slot) for a in binding.atoms)
@@ -110,7 +110,7 @@ class _Gathered:
     def add_atoms(self, binding: Binding, key: Key, tensor: Tensor, where: str) -> None:
         atoms = self.atoms[key.slot]
         for name, leaf, piece in take_apart(binding.expr, binding.env, tensor):
-            if self.drop and self.is_dropped(name):
+            if self.is_dropped(name):
                 self.dropped.append(name)
             elif name in atoms:
                 self.keep(atoms[name], leaf.offset, piece, key, where)

@@ -26,13 +26,12 @@ def detect(
 ) -> Dialect:
     """The one dialect whose table fits; `chosen` fixes variants that names cannot tell.
 
-    When none fits exactly the nearest is returned, so that what does not fit is listed in its terms; two equally near but
-    different ones are an error.
+    When none fits exactly, the only one of which a sample is there is returned, or else the nearest, so that what does not
+    fit is listed in its terms; two equally near but different ones are an error.
     """
     dialects = [(mapping, variant) for mapping in candidates for variant in variants(mapping, chosen)]
-    likely = [dialect for dialect in dialects if _promises(*dialect, config, topology, ranks)]
-    if len(likely) == 1:  # if one fits, it is this one
-        return likely[0]
+    if (only := _only_possible(dialects, config, topology, ranks)) is not None:
+        return only
     scored = []
     for mapping, variant in dialects:
         table = {}
@@ -52,18 +51,29 @@ def detect(
     return nearest[0][1], nearest[0][2]
 
 
-def _promises(
-    mapping: Mapping,
-    variant: frozenset[str],
-    config: ModelConfig,
-    topology: Topology,
-    ranks: Dict[Rank, Dict[Key, Tensor]],
-) -> bool:
-    """Whether a sample of the first rank's names is there: no dialect fits without, and few others come so far."""
+def _only_possible(
+    dialects: Sequence[Dialect], config: ModelConfig, topology: Topology, ranks: Dict[Rank, Dict[Key, Tensor]]
+) -> Dialect | None:
+    """The dialect of which a sample of the first rank's names is there, if it is so of one alone: no other can fit.
+
+    With experts a sample is little of the table, which it takes long to hold against all names.
+    """
+    if len(dialects) == 1:
+        return dialects[0]
+    if not config.experts:
+        return None
     rank, tensors = next(iter(ranks.items()))
-    shapes = {mapping.rename(key.name): tensor.shape for key, tensor in tensors.items() if key.slot == "param"}
-    sample = bind(mapping, variant, config, topology, rank, sample=True)
-    return all(b.copy or shapes.get(b.stored) == b.shape for b in sample)
+    possible = []
+    for mapping, variant in dialects:
+        stored = {mapping.rename(key.name): tensor.shape for key, tensor in tensors.items() if key.slot == "param"}
+        try:
+            sample = bind(mapping, variant, config, topology, rank, sample=True)
+            fits = all(b.copy or stored.get(b.stored) == b.shape for b in sample)
+        except (CkptconvError, ValueError):
+            return None  # whether that one is ever bound is for the full look to say, which goes in order
+        if fits:
+            possible.append((mapping, variant))
+    return possible[0] if len(possible) == 1 else None
 
 
 def variants(mapping: Mapping, chosen: frozenset[str] = frozenset()) -> list[frozenset[str]]:

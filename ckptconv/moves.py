@@ -172,9 +172,8 @@ class Span(NamedTuple):
 NOWHERE = Span(Origin(""), 0, 0)
 
 
-_Run = tuple[
-    str, str, int, int, int
-]  # a read straight into the destination: origin, offset, place in the buffer, bytes
+# A read straight into the destination: path, coding, offset, place in the buffer, bytes. A bare tuple: thousands are sorted
+_Run = tuple[str, str, int, int, int]
 
 
 class Reader:
@@ -214,7 +213,7 @@ class Reader:
         return self.carry_out(clipped(moves, to, to + len(out)), out, to, window)
 
     def carry_out(self, moves: Iterable[Move], out: Bytes, to: int, window: Span | None = None) -> Loss:
-        """The same, of moves that reach nowhere else."""
+        """The same, of moves whose destinations all lie within `out`: nothing is cut, and nothing checks it."""
         loss = NO_LOSS
         runs: list[_Run] = []
         for move in moves:

@@ -31,7 +31,7 @@ class Node(Tensor):
         return Fold(self, axis)
 
 
-@dataclass(unsafe_hash=True, slots=True)  # frozen ones take four times as long to make
+@dataclass(unsafe_hash=True, slots=True)  # never assigned to; but frozen ones take four times as long to make
 class View(Node):
     """A strided window on a byte range: `offset` and `strides` in bytes; an axis of size 1 has stride 0."""
 

@@ -159,10 +159,9 @@ def _with_rows(checkpoint: Checkpoint, rows: int, row_of: RowOf, mapping: Mappin
 
 def refuse_whole_numbers(checkpoint: Checkpoint) -> None:
     """Weights that are no floating point numbers are quantised: what they mean is not in their bytes."""
-    dtypes = {tensor.dtype for tensor in checkpoint.tensors.values()}
-    if not all(dtype.is_float for dtype in dtypes):
-        tensors = checkpoint.tensors.items()
-        found = [f"{key} is {tensor.dtype}" for key, tensor in tensors if not tensor.dtype.is_float]
+    whole = {dtype for dtype in {t.dtype for t in checkpoint.tensors.values()} if not dtype.is_float}
+    if whole:
+        found = [f"{key} is {tensor.dtype}" for key, tensor in checkpoint.tensors.items() if tensor.dtype in whole]
         raise CoverageError(
             "quantised weights cannot be converted:",
             found,

@@ -6,7 +6,7 @@ from collections.abc import Mapping as Dict
 from dataclasses import MISSING, Field, fields
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -34,13 +34,19 @@ BUILT_IN = {
 def formats() -> dict[str, tuple[str, Format]]:
     """name -> (where it comes from, the format)."""
     found = {name: ("built-in", _built_in(name)) for name in BUILT_IN}
+    return found | {name: (origin, point.load()()) for name, (origin, point) in _plug_ins().items()}
+
+
+@cache
+def _plug_ins() -> dict[str, tuple[str, EntryPoint]]:
+    """Those installed, not imported yet; no two formats have one name."""
+    found: dict[str, tuple[str, EntryPoint]] = {}
     for point in entry_points(group=ENTRY_POINTS):
         origin = f"plug-in {point.dist.name} {point.dist.version}" if point.dist else "plug-in"
-        if point.name in found:
-            raise UsageError(
-                f"{origin} brings a format {point.name!r}, which is already taken by {found[point.name][0]}"
-            )
-        found[point.name] = (origin, point.load()())
+        if point.name in found or point.name in BUILT_IN:
+            other = found[point.name][0] if point.name in found else "built-in"
+            raise UsageError(f"{origin} brings a format {point.name!r}, which is already taken by {other}")
+        found[point.name] = (origin, point)
     return found
 
 
@@ -52,7 +58,7 @@ def _built_in(name: str) -> Format:
 
 
 def get_format(name: str) -> Format:
-    if name in BUILT_IN:  # alone: all of them take a tenth of a second
+    if name in BUILT_IN and name not in _plug_ins():  # alone: to import all of them takes a tenth of a second
         return _built_in(name)
     for known, (_, fmt) in formats().items():
         if name in (known, *fmt.aliases):

@@ -16,6 +16,7 @@ ALIGNMENT = 64  # of every record, so that torch can map them; what torch itself
 DATE = 0x21  # 1 January 1980: the same input gives the same bytes
 FIXED = ((".format_version", b"1"), (".storage_alignment", b"%d" % ALIGNMENT), ("byteorder", b"little"))
 VERSION = ("version", b"3\n")
+_PADDING = [struct.pack("<2sH", b"FB", n) + b"Z" * n for n in range(ALIGNMENT)]
 
 
 def layout(path: str, obj: object, *, names: Mapping[str, str] | None = None, allowed: Collection[str] = ()) -> File:
@@ -34,9 +35,6 @@ def layout(path: str, obj: object, *, names: Mapping[str, str] | None = None, al
         archive.tensor(f"data/{key}", body.tensor, (names or {}).get(body.path, body.path))
     archive.known(*VERSION)
     return archive.file(path)
-
-
-_PADDING = [struct.pack("<2sH", b"FB", n) + b"Z" * n for n in range(ALIGNMENT)]
 
 
 class _Layout:

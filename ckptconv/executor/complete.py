@@ -12,7 +12,7 @@ import xxhash
 from ckptconv.executor.crc import crc32, crc32_combine
 from ckptconv.executor.fingerprint import MANIFEST, Fingerprint
 from ckptconv.executor.journal import Proof
-from ckptconv.executor.manifest import Origins, digest_of, file_entry, relative, render, tensor_line
+from ckptconv.executor.manifest import Origins, digest_of, file_lines, relative, render, tensor_line
 from ckptconv.executor.outputs import Outputs, write_file
 from ckptconv.executor.units import CHECKS, CHUNK, PIECE, Claim, pieces
 from ckptconv.moves import Reader
@@ -21,7 +21,7 @@ from ckptconv.tensor import Tensor
 from ckptconv.values import Loss
 
 Plain = bytes | bytearray
-HOLDS = 1 << 23  # bytes of lines worked out while the disk is busy; the others wait until they are written
+HOLDS = 1 << 23  # bytes of lines worked out while the disk is busy (twice that as objects); the others wait
 
 
 class Completion:
@@ -102,7 +102,7 @@ class Completion:
     def _entry(self, f: int, file: File) -> bytes:
         tensors = [s for s, segment in enumerate(file.segments) if isinstance(segment.body, Tensor)]
         lines = (self._lines.get((f, s)) or self._line(file.segments[s], self._digests(f, s)) for s in tensors)
-        return file_entry(file.path, file.size, self._rest[f], lines)
+        return file_lines(file.path, file.size, self._rest[f], lines)
 
     def _digests(self, f: int, s: int) -> list[bytes]:
         nbytes = self._plan.files[f].segments[s].nbytes

@@ -165,10 +165,11 @@ def _validate_file(file: File) -> None:
     """Segments must tile it; names within it must differ; checksums must be of segments that have their bytes first."""
     at = 0
     names: set[str] = set()
-    for offset, body, name in file.segments:
+    for segment in file.segments:
+        offset, body, name = segment
         if offset != at:
             raise PlanError(f"{file.path}: a segment begins at byte {offset}, expected {at}: a gap or an overlap")
-        at += len(body) if isinstance(body, bytes) else body.nbytes
+        at += segment.nbytes
         if isinstance(body, Tensor):
             if name in names:
                 raise PlanError(f"{file.path}: two tensors are called {name!r}")

@@ -66,7 +66,7 @@ def render(about: dict[str, object], sources: dict[str, int], files: Iterable[by
     yield b"\n }\n}\n"
 
 
-def file_entry(path: str, size: int, rest: str, tensors: Iterable[str]) -> bytes:
+def file_lines(path: str, size: int, rest: str, tensors: Iterable[str]) -> bytes:
     """A file as it stands in the manifest; `tensors` are the lines of those in it."""
     inside = ",\n".join(tensors)
     facts = f'{{"size": {size}, "rest": "{rest}", "tensors": {{'

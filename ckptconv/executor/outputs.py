@@ -6,6 +6,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import Lock
 
 from ckptconv.executor.system import allocate, sync_file_system
@@ -15,13 +16,21 @@ OPEN_OUTPUTS = 128
 MANY = 64  # from here on one flush of the whole file system is cheaper than one for each file
 
 
+@dataclass(slots=True)
+class _Handle:
+    """An open file, and how many threads are at it now."""
+
+    fd: int
+    users: int = 0
+
+
 class Outputs:
     """Files below `root`, by their number in the plan; any thread may write to any of them."""
 
     def __init__(self, root: str, files: Sequence[File], durable: bool = True) -> None:
         self.root, self._files, self._durable = root, files, durable
         self._lock = Lock()
-        self._open: OrderedDict[int, list[int]] = OrderedDict()  # number -> [descriptor, users]
+        self._open: OrderedDict[int, _Handle] = OrderedDict()
         self.written = 0
 
     def path(self, number: int) -> str:
@@ -44,17 +53,16 @@ class Outputs:
             raise
 
     def write_at(self, number: int, data: memoryview, offset: int) -> None:
-        entry = self._take(number)
-        left = data
+        handle, left = self._take(number), data
         try:
             while left:
-                n = os.pwrite(entry[0], left, offset)
+                n = os.pwrite(handle.fd, left, offset)
                 left, offset = left[n:], offset + n
         except OSError as error:
             error.filename = self.path(number)
             raise
         finally:
-            self._give(entry, len(data) - len(left))
+            self._give(handle, len(data) - len(left))
 
     def sync(self, numbers: Collection[int]) -> None:
         """Make what was written to these files durable."""
@@ -74,39 +82,40 @@ class Outputs:
 
     def close(self) -> None:
         while self._open:
-            os.close(self._open.popitem()[1][0])
+            os.close(self._open.popitem()[1].fd)
 
     @contextmanager
     def _use(self, number: int) -> Iterator[int]:
         """The file's descriptor, safe from being closed for another file's sake meanwhile."""
-        entry = self._take(number)
+        handle = self._take(number)
         try:
-            yield entry[0]
+            yield handle.fd
         finally:
-            self._give(entry)
+            self._give(handle)
 
-    def _take(self, number: int) -> list[int]:
+    def _take(self, number: int) -> _Handle:
+        """To be given back; till then it stays open."""
         with self._lock:
-            entry = self._open.get(number)
-            if entry is None:
-                entry = self._open[number] = [os.open(self.path(number), os.O_RDWR | os.O_CREAT, 0o644), 0]
+            handle = self._open.get(number)
+            if handle is None:
+                handle = self._open[number] = _Handle(os.open(self.path(number), os.O_RDWR | os.O_CREAT, 0o644))
                 self._evict()
             else:
                 self._open.move_to_end(number)
-            entry[1] += 1
-            return entry
+            handle.users += 1
+            return handle
 
-    def _give(self, entry: list[int], written: int = 0) -> None:
+    def _give(self, handle: _Handle, written: int = 0) -> None:
         with self._lock:
-            entry[1] -= 1
+            handle.users -= 1
             self.written += written
 
     def _evict(self) -> None:
         if len(self._open) <= OPEN_OUTPUTS:
             return
-        for number, (fd, users) in self._open.items():
-            if not users and number != next(reversed(self._open)):
-                os.close(fd)
+        for number, handle in self._open.items():
+            if not handle.users and number != next(reversed(self._open)):
+                os.close(handle.fd)
                 del self._open[number]
                 return
 

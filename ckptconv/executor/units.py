@@ -110,10 +110,10 @@ def _runs(file: File) -> Iterator[range]:
     first = 0
     tied = False  # the run ends in a header whose record comes now
     for s, segment in enumerate(file.segments):
-        late = isinstance(segment.body, Late)
-        header = late and header_of(segment, s)
+        header = header_of(segment, s)
         last = s + 1 if header else s
-        if (late and not header) or edges[last + 1] - edges[last] > SMALL or edges[s + 1] - edges[s] > SMALL:
+        late = isinstance(segment.body, Late) and not header
+        if late or edges[last + 1] - edges[last] > SMALL or edges[s + 1] - edges[s] > SMALL:
             if first < s:
                 yield range(first, s)
             yield range(s, s + 1)

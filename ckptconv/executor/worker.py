@@ -188,7 +188,7 @@ class Worker:
             body, at = segments[s].body, segments[s].offset - unit.lo
             if isinstance(body, Tensor):
                 lowered = body.lower(at)
-                if [move for move in lowered if move.fns]:
+                if any(move.fns for move in lowered):
                     losses[s] = self._reader.carry_out(lowered, out, 0)
                 else:
                     moves += lowered

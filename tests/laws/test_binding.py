@@ -134,6 +134,32 @@ def test_dialect_and_expert_form_are_told_by_the_names(mapping: str, shape: str,
         assert found == (load_mapping(mapping), variant)
 
 
+@pytest.mark.parametrize("shape", ["moe", "mixed"])
+@pytest.mark.parametrize("form", range(3))
+def test_a_form_that_cannot_be_bound_hides_no_other(shape: str, form: int) -> None:
+    """Candidates are looked at in order: what is wrong with a later one is not for a checkpoint of an earlier one to say."""
+    mapping = load_mapping("mcore")
+    variant = variants(mapping)[form]
+    there = stored(atoms(SHAPES[shape], "mcore"), "mcore", variant, TOPOLOGIES["tp2"])
+    twice = next(rule for rule in mapping.rules if "linear_proj.weight" in rule.stored)
+    wrong = replace(mapping, rules=(replace(twice, alternatives=twice.alternatives * 2), *mapping.rules))
+    assert detect([mapping, wrong], there.config, there.topology, there.ranks) == (mapping, variant)
+    with pytest.raises(MappingError, match="two alternatives"):
+        detect([wrong, mapping], there.config, there.topology, there.ranks)
+
+
+@pytest.mark.parametrize("missing", ["experts.linear_fc1.weight3", "experts.linear_fc1.weight0", "linear_proj.weight"])
+def test_a_checkpoint_that_lacks_a_tensor_is_told_in_its_own_terms(missing: str) -> None:
+    """Whether a sample of the names has it or not."""
+    mapping = load_mapping("mcore")
+    there = stored(atoms(SHAPES["moe"], "mcore"), "mcore", frozenset({"experts_te"}), TOPOLOGIES["whole"])
+    kept = {rank: {k: t for k, t in ts.items() if not k.name.endswith(missing)} for rank, ts in there.ranks.items()}
+    found = detect([mapping, load_mapping("mcore-local")], there.config, there.topology, kept)
+    assert found == (mapping, frozenset({"experts_te"}))
+    with pytest.raises(CoverageError, match=missing):
+        canonicalize(replace(there, ranks=kept))
+
+
 DISTRIBUTED = ("mcore-dist-stacked", "mcore-dist", "mcore-dist-singleton")
 
 

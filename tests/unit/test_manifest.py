@@ -32,6 +32,16 @@ def test_equal_inputs_elsewhere_give_equal_bytes(result: Path, tmp_path: Path) -
     assert "/" + result.parent.name not in text
 
 
+@pytest.mark.parametrize("room", [0, 500])
+def test_equal_bytes_however_many_lines_were_worked_out_early(
+    room: int, result: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ckptconv.executor.complete.HOLDS", room)
+    source = write_source(tmp_path / "source.bin", mixed_bytes(1))
+    execute(mixed_plan(source), tmp_path / "other")
+    assert (tmp_path / "other" / "ckptconv.json").read_bytes() == (result / "ckptconv.json").read_bytes()
+
+
 def test_says_where_each_tensor_came_from(result: Path) -> None:
     manifest = read_manifest(result)
     assert manifest is not None

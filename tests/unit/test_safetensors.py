@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +104,81 @@ def test_layout_names_segments_after_tensors() -> None:
 def test_layout_refuses_the_reserved_name() -> None:
     with pytest.raises(FormatError, match="__metadata__"):
         st.layout("x.safetensors", {"__metadata__": full((1,), DTYPES["fp32"], 0)}, {})
+
+
+def headed(header: str, folder: Path) -> Path:
+    """A file with this header, and the bytes its last entry asks for."""
+    text = header.encode()
+    (folder / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    return folder / "x.safetensors"
+
+
+F32 = '{"dtype":"F32","shape":[1],"data_offsets":[%d,%d]}'
+A, B = F32 % (0, 4), F32 % (4, 8)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        f'{{"a":{A},"b":{B},"a":{A}}}',
+        f'{{"a":{A},"b":{B},"\\u0061":{A}}}',
+        f'{{"a" :{A},"b":{B},"a":{A}}}',
+        f'{{"a":{A},"b":{B[:-1]},"shape":[1]}}}}',
+        f'{{"a":{A},"b":{B[:-1]},"shape" :[1]}}}}',
+        f'{{"__metadata__":{{"k":"v","k":"v"}},"a":{A},"b":{B}}}',
+        f'{{"__metadata__":{{"k":"v"}},"__metadata__":{{}},"a":{A},"b":{B}}}',
+        f'{{"__metadata__":{{"k":"\\":","k":"v"}},"a":{A},"b":{B}}}',
+        f'{{"\\":":{A},"b":{B},"b":{B}}}',
+    ],
+)
+def test_no_key_is_read_twice(header: str, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="twice"):
+        st.read(headed(header, tmp_path))
+
+
+@pytest.mark.parametrize("name", ['\\":', '\\":\\":', "a b", "a\\tb", ":", "\\u003a", ""])
+def test_names_and_metadata_may_look_like_keys(name: str, tmp_path: Path) -> None:
+    for space in ("", " "):
+        header = f'{{"__metadata__":{space}{{"{name}":"{name}"}},{space}"{name}":{A},"b":{B}}}'
+        read, text = st.read(headed(header, tmp_path)), json.loads(f'"{name}"')
+        assert list(read.tensors) == [text, "b"]
+        assert read.metadata == {text: text}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_header_is_read_quickly_or_slowly_alike(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bits of JSON put together at random: whatever is refused, or read, is so without the quick way too."""
+    rng = random.Random(seed)
+    bits = [
+        '"a"',
+        '"b"',
+        ":",
+        ": ",
+        ",",
+        "{",
+        "}",
+        A,
+        B,
+        '"\\":"',
+        '"dtype"',
+        '"shape":[1]',
+        '"__metadata__"',
+        '{"k":"v"}',
+    ]
+    for _ in range(50):
+        parts = [
+            f'"{rng.choice("abc")}"{rng.choice([":", " :"])}{rng.choice([A, B])}' for _ in range(rng.randint(1, 3))
+        ]
+        if rng.random() < 0.5:
+            parts.insert(rng.randrange(len(parts)), rng.choice(bits))
+        path = headed("{" + ",".join(parts) + "}", tmp_path)
+        outcomes: list[list[str] | None] = []
+        for slowly in (False, True):
+            with monkeypatch.context() as patch:
+                if slowly:
+                    patch.setattr(st, "_quickly", lambda _: None)
+                try:
+                    outcomes.append(sorted(st.read(path).tensors))
+                except FormatError:
+                    outcomes.append(None)
+        assert outcomes[0] == outcomes[1], path.read_bytes()

@@ -41,12 +41,12 @@ def formats() -> dict[str, tuple[str, Format]]:
 def _plug_ins() -> dict[str, tuple[str, EntryPoint]]:
     """Those installed, not imported yet; no two formats have one name."""
     found: dict[str, tuple[str, EntryPoint]] = {}
+    taken = dict.fromkeys(BUILT_IN, "built-in")
     for point in entry_points(group=ENTRY_POINTS):
         origin = f"plug-in {point.dist.name} {point.dist.version}" if point.dist else "plug-in"
-        if point.name in found or point.name in BUILT_IN:
-            other = found[point.name][0] if point.name in found else "built-in"
-            raise UsageError(f"{origin} brings a format {point.name!r}, which is already taken by {other}")
-        found[point.name] = (origin, point)
+        if point.name in taken:
+            raise UsageError(f"{origin} brings a format {point.name!r}, which is already taken by {taken[point.name]}")
+        taken[point.name], found[point.name] = origin, (origin, point)
     return found
 
 
@@ -58,7 +58,8 @@ def _built_in(name: str) -> Format:
 
 
 def get_format(name: str) -> Format:
-    if name in BUILT_IN and name not in _plug_ins():  # alone: to import all of them takes a tenth of a second
+    _plug_ins()  # refuses names that are taken
+    if name in BUILT_IN:  # imported alone: all of them take a tenth of a second
         return _built_in(name)
     for known, (_, fmt) in formats().items():
         if name in (known, *fmt.aliases):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 
@@ -55,7 +56,7 @@ class LocalFile:
 
     def __init__(self, path: str) -> None:
         self.fd = os.open(path, os.O_RDONLY)
-        if hasattr(os, "posix_fadvise"):  # reads far ahead: what is not in memory yet comes a quarter sooner
+        with suppress(AttributeError, OSError):  # advice, to read far ahead: not every system takes it
             os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     def read_into(self, offset: int, buffers: list[memoryview]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ckptconv import moves
-from ckptconv.dtypes import BF16, DTYPES, FP16, FP32, DType
+from ckptconv.dtypes import BF16, DTYPES, FP16, FP32, UINT8, DType
 from ckptconv.errors import FormatError
 from ckptconv.leaves import contiguous, full, view
 from ckptconv.moves import Reader, Span, clip, make
@@ -292,3 +293,18 @@ def counting(read: list[int]) -> Any:
             return n
 
     return Counting
+
+
+@pytest.mark.parametrize("advice", ["refused", "not known"])
+def test_a_source_is_read_where_the_system_takes_no_advice(
+    advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: int) -> None:
+        raise OSError(errno.EINVAL, "no advice here")
+
+    if advice == "refused":
+        monkeypatch.setattr(os, "posix_fadvise", refused)
+    else:
+        monkeypatch.delattr(os, "posix_fadvise")
+    (tmp_path / "x").write_bytes(bytes(range(8)))
+    assert contiguous(Source(str(tmp_path / "x"), 2, 4), (4,), UINT8).numpy().tolist() == [2, 3, 4, 5]

@@ -90,5 +90,5 @@ def test_name_that_is_taken_is_an_error(taken: str, plugin: Path, tmp_path: Path
     assert repr(taken) in shown
     assert "already taken" in shown
     write_hf(tmp_path / "hf")
-    asked = ("convert", tmp_path / "hf", tmp_path / "out", "--loader", "hf", "--saver", "npy")
+    asked = ("convert", tmp_path / "hf", tmp_path / "out", "--loader", "hf", "--saver", "mcore")
     assert run("ckptconv", *asked, plugins=(plugin, other), code=2).stderr == shown

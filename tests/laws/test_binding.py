@@ -115,6 +115,15 @@ def test_export_then_import_gives_the_same_leaves(
     assert not back.replicas, "copies of one source must be recognised as the same leaf"
 
 
+@pytest.mark.parametrize(("topology", "told"), [("tp2", "embed"), ("tp8", "linear_qkv")])
+def test_a_part_of_a_tensor_is_never_taken_for_the_whole(topology: str, told: str) -> None:
+    """Whether parts are joined, or rows assembled first (tp8, beyond the key/value heads)."""
+    there = stored(atoms(DENSE, "mcore"), "mcore", variants(load_mapping("mcore"))[0], TOPOLOGIES[topology])
+    ranks = {rank: tensors for rank, tensors in there.ranks.items() if rank.tp == 0}
+    with pytest.raises(CoverageError, match=told):
+        canonicalize(replace(there, ranks=ranks))
+
+
 @pytest.mark.parametrize("mapping", ["mcore", "mcore-local", "megatron-legacy"])
 @pytest.mark.parametrize("shape", ["dense", "tied", "biases", "layernorm"])
 @pytest.mark.parametrize("topology", ["whole", "tp2", "tp4pp2", "pp2vpp2", "uneven", "empty stage"])
@@ -146,6 +155,16 @@ def test_a_form_that_cannot_be_bound_hides_no_other(shape: str, form: int) -> No
     assert detect([mapping, wrong], there.config, there.topology, there.ranks) == (mapping, variant)
     with pytest.raises(MappingError, match="two alternatives"):
         detect([wrong, mapping], there.config, there.topology, there.ranks)
+
+
+def test_of_two_forms_whose_samples_are_there_the_one_that_fits_is_taken() -> None:
+    """A mapping that lacks a row has all its own names stored; the other accounts for the tensor that it does not know."""
+    mapping = load_mapping("mcore")
+    there = stored(atoms(SHAPES["moe"], "mcore"), "mcore", frozenset({"experts_te"}), TOPOLOGIES["whole"])
+    lacking = replace(mapping, rules=tuple(r for r in mapping.rules if not r.stored.endswith("linear_proj.weight")))
+    for candidates in ([lacking, mapping], [mapping, lacking]):
+        found = detect(candidates, there.config, there.topology, there.ranks)
+        assert found == (mapping, frozenset({"experts_te"}))
 
 
 @pytest.mark.parametrize("missing", ["experts.linear_fc1.weight3", "experts.linear_fc1.weight0", "linear_proj.weight"])

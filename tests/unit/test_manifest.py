@@ -8,10 +8,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import xxhash
 
+from ckptconv.dtypes import UINT8
 from ckptconv.errors import FormatError
 from ckptconv.executor.execute import execute
 from ckptconv.executor.manifest import damage, read_manifest, relative
+from ckptconv.executor.units import PIECE
+from ckptconv.leaves import contiguous
+from ckptconv.plan import File, Plan, Segment
+from ckptconv.source import Source
 from ckptconv.testing.plans import mixed_bytes, mixed_plan, write_source
 
 
@@ -40,6 +46,18 @@ def test_equal_bytes_however_many_lines_were_worked_out_early(
     source = write_source(tmp_path / "source.bin", mixed_bytes(1))
     execute(mixed_plan(source), tmp_path / "other")
     assert (tmp_path / "other" / "ckptconv.json").read_bytes() == (result / "ckptconv.json").read_bytes()
+
+
+def test_a_tensor_of_several_pieces_has_the_digest_of_all(tmp_path: Path) -> None:
+    size = 2 * PIECE + 6
+    source = write_source(tmp_path / "source.bin", size)
+    tensor = contiguous(Source(str(source), 0, size), (size,), UINT8)
+    execute(Plan((File("f", size, (Segment(0, tensor, "large"),)),)), tmp_path / "out")
+    manifest, data = read_manifest(tmp_path / "out"), source.read_bytes()
+    assert manifest is not None
+    digests = b"".join(xxhash.xxh3_128_digest(data[at : at + PIECE]) for at in range(0, size, PIECE))
+    assert manifest.files["f"].tensors[0].digest == xxhash.xxh3_128_hexdigest(digests)
+    assert not damage(tmp_path / "out", manifest)
 
 
 def test_says_where_each_tensor_came_from(result: Path) -> None:

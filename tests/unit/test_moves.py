@@ -308,3 +308,11 @@ def test_a_source_is_read_where_the_system_takes_no_advice(
         monkeypatch.delattr(os, "posix_fadvise")
     (tmp_path / "x").write_bytes(bytes(range(8)))
     assert contiguous(Source(str(tmp_path / "x"), 2, 4), (4,), UINT8).numpy().tolist() == [2, 3, 4, 5]
+
+
+def test_neighbouring_bytes_of_two_files_are_two_reads(tmp_path: Path) -> None:
+    """A tensor of which one half ends in a file where the other half begins in another."""
+    for name, byte in (("a", 1), ("b", 2)):
+        (tmp_path / name).write_bytes(bytes([byte]) * 64)
+    halves = [contiguous(Source(str(tmp_path / name), at, 32), (32,), UINT8) for name, at in (("a", 0), ("b", 32))]
+    assert concat(halves, 0).numpy().tolist() == [1] * 32 + [2] * 32
